@@ -1,0 +1,147 @@
+"""The Plan: mesh degrees, one choice per modality block, and what they are predicted to give. A Plan is data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+
+from omnicompile.cluster import Cluster
+from omnicompile.program import Recompute
+from omnicompile.workload import Workload
+
+
+class Sharding(StrEnum):
+    """Where a block's parameters, gradients and optimizer state live."""
+
+    REPLICATE = "replicate"  # whole on every rank; gradients all-reduced
+    HSDP = "hsdp"  # sharded over dp_shard x sp, replicated over dp_replicate
+    FSDP = "fsdp"  # sharded over all data ranks: dp_replicate x dp_shard x sp
+
+
+class Layout(StrEnum):
+    """How the activations of a block are laid out over the `sp` ranks that share one micro-batch."""
+
+    BATCH = "batch"  # sp = 1: every rank has its own micro-batch
+    REPLICATED = "replicated"  # every SP rank computes the whole block
+    SEQUENCE = "sequence"  # tokens split over SP ranks, all-to-all around attention (Ulysses)
+    IMAGES = "images"  # whole images (or audio clips) dealt out to SP ranks
+
+
+class LossHead(StrEnum):
+    FULL = "full"  # logits of the whole micro-batch at once
+    CHUNKED = "chunked"  # linear and cross-entropy fused, a chunk of tokens at a time
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The global mesh; ranks are numbered with `sp` fastest, then `dp_shard`, then `dp_replicate`.
+
+    `ep` is folded out of dp_shard x sp: expert groups are `ep` consecutive ranks. tp, cp and pp are priced and not yet
+    executable.
+    """
+
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    sp: int = 1
+    ep: int = 1
+    tp: int = 1
+    cp: int = 1
+    pp: int = 1
+
+    @property
+    def world(self) -> int:
+        return self.dp_replicate * self.dp_shard * self.sp * self.tp * self.cp * self.pp
+
+    @property
+    def data_ranks(self) -> int:
+        """Groups of ranks that work on different micro-batches."""
+        return self.dp_replicate * self.dp_shard
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """The choices for one modality block; every layer of a kind shares them.
+
+    sp / ep: 1, or the mesh degree. reshard: free gathered parameters after the forward and gather them again in the
+    backward. offload: keep saved activations in host memory between forward and backward.
+    """
+
+    sharding: Sharding = Sharding.FSDP
+    layout: Layout = Layout.BATCH
+    sp: int = 1
+    ep: int = 1
+    recompute: Recompute = Recompute.NONE
+    offload: bool = False
+    reshard: bool = True
+    frozen: bool = False
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the cost model says of a plan.
+
+    step_seconds: one optimizer step. time: seconds of the step by kind ("compute", "recompute", "optimizer",
+    "exposed all_gather", "hidden all_gather", ...). memory: bytes per GPU by kind ("parameters", "gradients",
+    "optimizer", "activations", "temporaries", "gathered parameters", "buffers", "context"). block_memory and
+    block_time: per block, bytes and compute seconds. mfu: causal attention counted as half, recompute not counted.
+    mfu_paper: attention counted without the causal mask, 6 FLOPs per active parameter and token (VeOmni's counting).
+    """
+
+    step_seconds: float
+    tokens_per_second_per_gpu: float
+    mfu: float
+    mfu_paper: float
+    memory: dict[str, float]
+    memory_capacity: float
+    time: dict[str, float]
+    block_memory: dict[str, float] = field(default_factory=dict)
+    block_time: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def memory_total(self) -> float:
+        return sum(self.memory.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.memory_total <= self.memory_capacity
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A way to run `model` on `cluster`: what a recipe file holds.
+
+    model: what was planned, as the user named it (a path or an import name). micro_batch: samples per rank group and
+    micro-step. accumulation: micro-steps per optimizer step. offload_optimizer: optimizer state in host memory.
+    param_dtype is the compute dtype; master weights are float32. alternatives / notes: for the reader.
+    """
+
+    model: str
+    cluster: Cluster
+    workload: Workload
+    mesh: Mesh
+    blocks: dict[str, BlockPlan]
+    micro_batch: int = 1
+    accumulation: int = 1
+    loss_head: LossHead = LossHead.FULL
+    offload_optimizer: bool = False
+    param_dtype: str = "bfloat16"
+    reduce_dtype: str = "float32"
+    prediction: Prediction | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def global_batch(self) -> int:
+        """Samples per optimizer step."""
+        return self.micro_batch * self.accumulation * self.mesh.data_ranks
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as a recipe (YAML)."""
+        from omnicompile.recipe import save_recipe
+
+        save_recipe(self, path)
+
+    def __str__(self) -> str:
+        from omnicompile.report.terminal import plan_text
+
+        return plan_text(self)
