@@ -1,0 +1,128 @@
+"""Registers the anchor operators with Hugging Face's own registries, and switches a model over to them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from omnicompile.anchors import attention as _attention  # noqa: F401  (defines the operator)
+from omnicompile.anchors import experts as _experts  # noqa: F401
+
+# Hugging Face hands cu_seqlens to an attention function only if its name says that it is a flash one.
+ATTENTION_NAME = "omnicompile_flash"
+EXPERTS_NAME = "omnicompile"
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    max_length_q: int | None = None,
+    max_length_k: int | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """The signature of Hugging Face's attention functions. Returns [batch, q_len, heads, v_head_dim]."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    causal = bool(module.__dict__.get("is_causal", True) if is_causal is None else is_causal)
+    causal = causal and query.shape[2] > 1
+    if attention_mask is not None:
+        return _masked(query, key, value, attention_mask, scale), None
+    if dropout:
+        raise NotImplementedError("attention dropout is not supported by the attention anchor: set it to 0")
+    out, _lse = torch.ops.omnicompile.attention(
+        query,
+        key,
+        value,
+        cu_seq_lens_q,
+        cu_seq_lens_k,
+        s_aux,
+        0 if cu_seq_lens_q is None else int(max_length_q or query.shape[2]),
+        0 if cu_seq_lens_k is None else int(max_length_k or key.shape[2]),
+        causal,
+        scale,
+        int(sliding_window or 0),
+        float(softcap or 0.0),
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """A mask that the model made itself is kept: torch's own attention takes it."""
+    out = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+    )
+    return out.transpose(1, 2).contiguous()
+
+
+def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The signature of Hugging Face's experts functions: [tokens, hidden] -> [tokens, hidden]."""
+    ops = torch.ops.omnicompile
+    rows, order, counts = ops.expert_dispatch(hidden_states, top_k_index, self.num_experts)
+    up = self.gate_up_proj if self.has_gate else self.up_proj
+    inner = ops.grouped_mm(rows, up, counts, self.is_transposed)
+    if self.has_bias:
+        bias = self.gate_up_proj_bias if self.has_gate else self.up_proj_bias
+        inner = inner + ops.expert_bias(bias, counts, inner.shape[0])
+    inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
+    outer = ops.grouped_mm(inner, self.down_proj, counts, self.is_transposed)
+    if self.has_bias:
+        outer = outer + ops.expert_bias(self.down_proj_bias, counts, outer.shape[0])
+    if self.has_post_expert_norm:
+        outer = self.post_expert_norm(outer)
+    return ops.expert_combine(outer, order, top_k_weights).to(hidden_states.dtype)
+
+
+def register() -> None:
+    """Make the anchors known to transformers, through its public registries. May be called again."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, attention_forward)
+    ALL_EXPERTS_FUNCTIONS.register(EXPERTS_NAME, experts_forward)
+
+
+@contextlib.contextmanager
+def anchored(model: nn.Module) -> Iterator[None]:
+    """While active, every Hugging Face module in `model` computes attention and experts through the anchors.
+
+    The name is set on the configurations after construction, because constructing a model with a flash attention name
+    looks for a hub kernel; and it is taken back at the end, so that the caller's model is left as it was.
+    """
+    from transformers import PretrainedConfig
+
+    register()
+    configs: dict[int, Any] = {}
+
+    def collect(config: Any) -> None:
+        if isinstance(config, PretrainedConfig) and id(config) not in configs:
+            configs[id(config)] = config
+            for child in vars(config).values():
+                collect(child)
+
+    for module in model.modules():
+        collect(module.__dict__.get("config"))
+    before = [(c, c._attn_implementation_internal, c._experts_implementation_internal) for c in configs.values()]
+    try:
+        for config in configs.values():
+            config._attn_implementation_internal = ATTENTION_NAME
+            config._experts_implementation_internal = EXPERTS_NAME
+        yield
+    finally:
+        for config, attn, experts in before:
+            config._attn_implementation_internal = attn
+            config._experts_implementation_internal = experts

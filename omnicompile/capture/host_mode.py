@@ -1,0 +1,88 @@
+"""Evaluate a model's host-side metadata for real while the rest is traced.
+
+Vision and audio front ends loop over `grid_thw.tolist()`, `cu_seqlens` or feature lengths. An operation whose tensor
+inputs are all small, real, integer host tensors runs outside the tracer, so such loops see numbers; everything else is
+traced as usual.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from omnicompile.torch_compat import is_plain_host_tensor, outside_tracing
+
+# Host metadata is a few entries per token; past this many elements a tensor is data, and evaluating it for real (an
+# S x S mask, say) would cost memory that tracing must not cost.
+MAX_HOST_ELEMENTS = 1 << 24
+
+_FACTORIES = frozenset(
+    {torch.arange, torch.tensor, torch.as_tensor, torch.zeros, torch.ones, torch.full, torch.empty, torch.linspace}
+)
+_INTEGER_DTYPES = frozenset({torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
+
+
+def is_host(value: object) -> bool:
+    return is_plain_host_tensor(value) and value.numel() <= MAX_HOST_ELEMENTS  # type: ignore[attr-defined]
+
+
+def _makes_host_integers(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """A factory call that makes an integer tensor on the host: `torch.arange(n)`, `torch.tensor([1, 2])`, ..."""
+    if func not in _FACTORIES:
+        return False
+    device = kwargs.get("device")
+    if device is not None and torch.device(device).type not in ("cpu", "meta"):
+        return False
+    leaves = tree_leaves((args, kwargs))
+    if any(isinstance(leaf, torch.SymInt | torch.Tensor) for leaf in leaves):
+        return False
+    dtype = kwargs.get("dtype")
+    if dtype is not None:
+        return dtype in _INTEGER_DTYPES
+    if func not in (torch.arange, torch.tensor, torch.as_tensor):
+        return False
+    return not any(isinstance(leaf, float | complex) for leaf in tree_leaves(args))
+
+
+def _mask_to_indices(index: Any) -> tuple[Any, ...] | None:
+    """`x[mask]` with a host mask as an index of fixed size; None when there is no such mask."""
+    parts = index if isinstance(index, tuple) else (index,)
+    if not any(is_host(p) and p.dtype == torch.bool for p in parts):
+        return None
+    result: list[Any] = []
+    for part in parts:
+        if is_host(part) and part.dtype == torch.bool:
+            with outside_tracing():
+                result.extend(part.nonzero(as_tuple=True))
+        else:
+            result.append(part)
+    return tuple(result)
+
+
+class HostMode(TorchFunctionMode):
+    """Active while a model is traced. See the module's docstring."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = func.__name__ if hasattr(func, "__name__") else ""
+        if name in ("__get__", "__set__"):
+            return func(*args, **kwargs)
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        if tensors:
+            on_host = all(is_host(t) for t in tensors)
+        else:
+            on_host = _makes_host_integers(func, args, kwargs)
+        if on_host:
+            if kwargs.get("device") is not None and not tensors:
+                kwargs = {**kwargs, "device": "cpu"}
+            with outside_tracing():
+                return func(*args, **kwargs)
+        if func is torch.Tensor.__getitem__ and (indices := _mask_to_indices(args[1])) is not None:
+            return func(args[0], indices)
+        return func(*args, **kwargs)
