@@ -7,7 +7,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from omnicompile.cluster import Cluster
-from omnicompile.program import Recompute
+from omnicompile.recompute import Recompute
 from omnicompile.workload import Workload
 
 

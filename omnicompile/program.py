@@ -16,6 +16,8 @@ from enum import StrEnum
 import networkx as nx
 import sympy
 
+from omnicompile.recompute import Recompute
+
 Expr = sympy.Expr
 
 
@@ -46,12 +48,6 @@ class OpKind(StrEnum):
 class Phase(StrEnum):
     FORWARD = "forward"
     BACKWARD = "backward"
-
-
-class Recompute(StrEnum):
-    NONE = "none"  # keep every tensor that the backward reads
-    SELECTIVE = "selective"  # keep results of GEMMs, attention and experts; recompute what is cheap
-    FULL = "full"  # keep the segment's inputs only
 
 
 @dataclass(frozen=True)
