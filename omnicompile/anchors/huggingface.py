@@ -38,7 +38,8 @@ def attention_forward(
 ) -> tuple[Tensor, None]:
     """The signature of Hugging Face's attention functions. Returns [batch, q_len, heads, v_head_dim]."""
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    causal = bool(module.__dict__.get("is_causal", True) if is_causal is None else is_causal)
+    # Part of Hugging Face's contract: an attention module without `is_causal` is causal.
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     causal = causal and query.shape[2] > 1
     if attention_mask is not None:
         return _masked(query, key, value, attention_mask, scale), None
