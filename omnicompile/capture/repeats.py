@@ -1,0 +1,208 @@
+"""Trace each kind of repeated layer once.
+
+The model's own loop runs at full depth, but a call of a layer whose structure, static arguments and input metadata were
+seen before is recorded as one `omnicompile::repeated_layer` node and not traced again. Kinds are found by structure,
+never by name: full and windowed attention, dense and mixture-of-experts layers are different kinds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from omnicompile.capture.host_mode import is_host
+from omnicompile.torch_compat import outside_tracing
+
+
+@torch.library.custom_op("omnicompile::repeated_layer", mutates_args=())
+def repeated_layer(inputs: Sequence[Tensor], path: str, kind: int, outputs: str) -> list[Tensor]:
+    """Stands for a call of the layer at `path`, which is of the already traced kind number `kind`. `outputs`: JSON list of
+    [dtype, shape] of the results. Never executed."""
+    raise RuntimeError(f"a repeated layer ({path}) was executed: this graph is for planning only")
+
+
+@repeated_layer.register_fake
+def _repeated_layer_fake(inputs: Sequence[Tensor], path: str, kind: int, outputs: str) -> list[Tensor]:
+    device = inputs[0].device if inputs else "cpu"
+    return [torch.empty(shape, dtype=_DTYPES[dtype], device=device) for dtype, shape in json.loads(outputs)]
+
+
+_DTYPES = {str(d): d for d in (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32,
+                               torch.bool, torch.int16, torch.int8, torch.uint8)}  # fmt: skip
+
+
+@dataclass
+class LayerKind:
+    """A layer traced once. `path` is the instance that was traced; `paths` all instances, in order of execution."""
+
+    index: int
+    path: str
+    parent: str
+    paths: list[str] = field(default_factory=list)
+    out_leaves: list[Any] = field(default_factory=list)
+    out_spec: TreeSpec | None = None
+
+
+@dataclass
+class Repeats:
+    """What was found while tracing. `calls`: (path, kind) of every layer call, in order, of traced layers at any depth."""
+
+    kinds: list[LayerKind] = field(default_factory=list)
+    calls: list[tuple[str, int]] = field(default_factory=list)
+
+
+def layer_candidates(model: nn.Module) -> dict[str, tuple[nn.Module, int, int]]:
+    """path -> (module, position, list number) of every element of a list of modules that holds at least two of one type."""
+    found: dict[str, tuple[nn.Module, int, int]] = {}
+    for number, (name, module) in enumerate(model.named_modules()):
+        if not isinstance(module, nn.ModuleList | nn.Sequential):
+            continue
+        children = list(module.named_children())
+        types = [type(child) for _, child in children]
+        for position, (child_name, child) in enumerate(children):
+            if types.count(type(child)) > 1 and next(child.children(), None) is not None:
+                path = f"{name}.{child_name}" if name else child_name
+                found[path] = (child, position, number)
+    return found
+
+
+def _scalar_attributes(module: nn.Module, position: int) -> list[tuple[str, str]]:
+    """Plain attributes of a layer and all its submodules, integers written relative to the layer's position as well."""
+    result = []
+    for name, sub in module.named_modules():
+        for key, value in sub.__dict__.items():
+            if key.startswith("_") or key == "forward":
+                continue
+            if isinstance(value, bool | float | str | type(None)) or (
+                isinstance(value, int | tuple | list) and not isinstance(value, bool)
+            ):
+                result.append((f"{name}.{key}", repr(value)))
+    return result
+
+
+def structure_keys(candidates: dict[str, tuple[nn.Module, int, int]]) -> dict[str, str]:
+    """A digest per layer of its module tree, parameter shapes and plain attributes.
+
+    An integer attribute that counts up with the position in its list (a `layer_idx`) says nothing about structure and is
+    left out: it takes a different value in every member of the list.
+    """
+    shapes: dict[str, str] = {}
+    attributes: dict[str, dict[str, str]] = {}
+    members: dict[int, list[str]] = {}
+    for path, (module, position, number) in candidates.items():
+        tree = [(n, type(m).__qualname__, m.training) for n, m in module.named_modules()]
+        tensors = [(n, tuple(t.shape), str(t.dtype)) for n, t in module.named_parameters()]
+        buffers = [(n, tuple(t.shape)) for n, t in module.named_buffers()]
+        shapes[path] = repr((tree, tensors, buffers))
+        attributes[path] = dict(_scalar_attributes(module, position))
+        members.setdefault(number, []).append(path)
+    counters: dict[int, set[str]] = {}
+    for number, paths in members.items():
+        names = set().union(*(attributes[p] for p in paths))
+        counters[number] = {n for n in names if _counts_up([(candidates[p][1], attributes[p].get(n)) for p in paths])}
+    keys = {}
+    for path, (_, _, number) in candidates.items():
+        kept = sorted((n, v) for n, v in attributes[path].items() if n not in counters[number])
+        keys[path] = hashlib.sha256((shapes[path] + repr(kept)).encode()).hexdigest()
+    return keys
+
+
+def _counts_up(values: list[tuple[int, str | None]]) -> bool:
+    """True if the attribute is an integer equal to the position plus a constant wherever it is present."""
+    offsets = set()
+    for position, text in values:
+        if text is None:
+            continue
+        if not text.lstrip("-").isdigit():
+            return False
+        offsets.add(int(text) - position)
+    return len(offsets) == 1
+
+
+def _argument_key(leaves: list[Any], spec: TreeSpec) -> str:
+    """Shapes and types of tensors, the content of host tensors, the value of everything else."""
+    parts: list[str] = [str(spec)]
+    for leaf in leaves:
+        if is_host(leaf):
+            with outside_tracing():
+                parts.append(hashlib.sha256(leaf.contiguous().numpy().tobytes()).hexdigest())
+        elif isinstance(leaf, Tensor):
+            parts.append(f"{tuple(leaf.shape)}{leaf.dtype}")
+        elif isinstance(leaf, bool | int | float | str | type(None)):
+            parts.append(repr(leaf))
+        else:
+            parts.append(type(leaf).__qualname__)
+    return "|".join(parts)
+
+
+def _output_json(leaves: list[Any]) -> str:
+    return json.dumps([[str(t.dtype), list(t.shape)] for t in leaves if isinstance(t, Tensor)])
+
+
+class _Recorder:
+    """The forward of one layer while repeats are recorded."""
+
+    def __init__(self, repeats: Repeats, seen: dict[str, LayerKind], stack: list[str]) -> None:
+        self.repeats, self.seen, self.stack = repeats, seen, stack
+
+    def call(self, path: str, structure: str, forward: Any, args: Any, kwargs: Any) -> Any:
+        leaves, spec = tree_flatten((args, kwargs))
+        key = structure + _argument_key(leaves, spec)
+        kind = self.seen.get(key)
+        if kind is None:
+            return self._trace(path, key, forward, args, kwargs)
+        self.repeats.calls.append((path, kind.index))
+        kind.paths.append(path)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        flat = torch.ops.omnicompile.repeated_layer(tensors, path, kind.index, _output_json(kind.out_leaves))
+        results = iter(flat)
+        out = [next(results) if isinstance(leaf, Tensor) else leaf for leaf in kind.out_leaves]
+        assert kind.out_spec is not None
+        return tree_unflatten(out, kind.out_spec)
+
+    def _trace(self, path: str, key: str, forward: Any, args: Any, kwargs: Any) -> Any:
+        kind = LayerKind(len(self.repeats.kinds), path, self.stack[-1] if self.stack else "", [path])
+        self.repeats.kinds.append(kind)
+        self.repeats.calls.append((path, kind.index))
+        self.stack.append(path)
+        try:
+            result = forward(*args, **kwargs)
+        finally:
+            self.stack.pop()
+        kind.out_leaves, kind.out_spec = tree_flatten(result)
+        self.seen[key] = kind
+        return result
+
+
+@contextlib.contextmanager
+def record_repeats(model: nn.Module) -> Iterator[Repeats]:
+    """While active, layers of `model` are traced once a kind. The layers' forwards are restored at the end."""
+    candidates = layer_candidates(model)
+    keys = structure_keys(candidates)
+    repeats = Repeats()
+    recorder = _Recorder(repeats, {}, [])
+    wrapped = []
+    try:
+        for path, (module, _, _) in candidates.items():
+            original = module.forward
+
+            def forward(*args: Any, _path: str = path, _original: Any = original, **kwargs: Any) -> Any:
+                return recorder.call(_path, keys[_path], _original, args, kwargs)
+
+            wrapped.append((module, module.__dict__.get("forward")))
+            module.forward = forward
+        yield repeats
+    finally:
+        for module, own in wrapped:
+            if own is None:
+                del module.forward
+            else:
+                module.forward = own
