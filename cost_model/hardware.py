@@ -67,7 +67,8 @@ class AttentionEfficiency:
 class CollectiveEfficiency:
     """Constants of `collectives.collective_seconds`. Fractions are of the link's nominal rate.
 
-    ring: rings inside a node; nvls: all-reduce in the switch (0: the switch has none).
+    ring: rings inside a node; nvls: all-reduce in the switch, its bytes over its time
+    (0: the switch cannot).
     inter: rings across nodes; all_to_all_intra, all_to_all_inter: all-to-all.
     base_seconds: launch and synchronization of any collective.
     ramp_bytes, ramp_power: message-size ramp, rate = full rate / (1 + (ramp_bytes / bytes) ** ramp_power).

@@ -1,0 +1,116 @@
+"""Seconds of single kernels from their shapes: roofline with tile and wave quantization.
+
+Formulas and the sources of their constants are in docs/cost_model.md. All functions take floats (mean values are fine),
+return seconds, return 0.0 where there is no work, and otherwise at least the kernel launch floor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import ceil
+
+from omnicompile.cost_model.hardware import Hardware
+
+_TILES = ((256, 128, 0), (128, 256, 0), (128, 128, 1), (128, 64, 2), (64, 128, 2), (64, 64, 3))
+_SPLITS = (1, 2, 4)
+_QUERY_BLOCK = 128
+_BYTES = {"float64": 8, "float32": 4, "tfloat32": 4, "float8": 1}
+
+
+def gemm_seconds(m: float, n: float, k: float, batch: float, dtype: str, hw: Hardware) -> float:
+    """`batch` products (m, k) x (k, n), operands and result in `dtype`, 2*m*n*k*batch FLOPs."""
+    if m <= 0 or n <= 0 or k <= 0 or batch <= 0:
+        return 0.0
+    key = hw.dtype_key(dtype)
+    seconds = _tiles_seconds(m, n, k, batch, key, hw)
+    width = _BYTES.get(key, 2)
+    out_width = max(width, 2)
+    nbytes = batch * (width * k * (m + n) + out_width * m * n)
+    return max(seconds, nbytes / (hw.memory_bandwidth * hw.memory_fraction), hw.kernel_launch_seconds)
+
+
+def grouped_gemm_seconds(
+    tokens_per_expert: float, n: float, k: float, experts: float, dtype: str, hw: Hardware
+) -> float:
+    """`experts` products (tokens_per_expert, k) x (k, n) in one kernel, balanced; for the weight gradient too."""
+    if tokens_per_expert <= 0:
+        return 0.0
+    loss = 1.0 + hw.gemm.grouped_tokens / tokens_per_expert if experts > 1 else 1.0
+    return loss * gemm_seconds(tokens_per_expert, n, k, experts, dtype, hw)
+
+
+def attention_seconds(
+    heads: float,
+    kv_heads: float,
+    head_dim: float,
+    v_head_dim: float,
+    pairs: float,
+    q_tokens: float,
+    kv_tokens: float,
+    causal: bool,
+    backward: bool,
+    dtype: str,
+    hw: Hardware,
+) -> float:
+    """One fused (FlashAttention-like) varlen attention over packed segments.
+
+    heads, kv_heads: on this rank. pairs: sum over segments of q_len*kv_len, NOT halved for a causal mask. q_tokens,
+    kv_tokens: sums of the lengths. The mean segment length is pairs / q_tokens. A causal mask halves the work (plus
+    what masked parts of the diagonal blocks cost). The backward recomputes the scores: 5 products for the forward's 2.
+    """
+    if pairs <= 0 or heads <= 0 or q_tokens <= 0:
+        return 0.0
+    constants = hw.attention
+    if backward:
+        flops = 2.0 * pairs * heads * (3.0 * head_dim + 2.0 * v_head_dim)
+        fraction, half_length = constants.backward_fraction, constants.backward_length
+    else:
+        flops = 2.0 * pairs * heads * (head_dim + v_head_dim)
+        fraction, half_length = constants.forward_fraction, constants.forward_length
+    if causal:
+        flops *= 0.5
+        half_length += constants.causal_length
+    blocks = heads * max(1.0, q_tokens / _QUERY_BLOCK)
+    length = pairs / q_tokens
+    rate = hw.peak(dtype) * _interpolate(fraction, head_dim)
+    seconds = flops / rate * (1.0 + half_length / length) * (1.0 + constants.wave_overhead * hw.sm_count / blocks)
+    width = _BYTES.get(hw.dtype_key(dtype), 2)
+    nbytes = width * (heads * q_tokens + kv_heads * kv_tokens) * (head_dim + v_head_dim) * (2.0 if backward else 1.0)
+    return max(seconds, nbytes / (hw.memory_bandwidth * hw.memory_fraction), hw.kernel_launch_seconds)
+
+
+def memory_seconds(nbytes: float, hw: Hardware) -> float:
+    """A memory-bound kernel that reads and writes `nbytes` in all."""
+    if nbytes <= 0:
+        return 0.0
+    return max(nbytes / (hw.memory_bandwidth * hw.memory_fraction), hw.kernel_launch_seconds)
+
+
+def _tiles_seconds(m: float, n: float, k: float, batch: float, key: str, hw: Hardware) -> float:
+    """Best over tile sizes and splits of the reduction dim of: whole waves of tiles, one tile per SM."""
+    constants = hw.gemm
+    sms = hw.sm_count
+    merge = 8.0 * m * n * batch / (hw.memory_bandwidth * hw.memory_fraction)
+    best = float("inf")
+    for tile_m, tile_n, halvings in _TILES:
+        tiles = ceil(m / tile_m) * ceil(n / tile_n) * batch
+        work = tile_m * tile_n / constants.small_tile_fraction**halvings
+        for split in _SPLITS:
+            units = ceil(tiles * split / sms) * work * (k / split + constants.k_overhead)
+            seconds = 2.0 * units * sms / (hw.peak_flops[key] * constants.max_fraction[key])
+            if split > 1:
+                seconds += merge * split
+            best = min(best, seconds)
+            if tiles >= 4 * sms:
+                break
+    return best
+
+
+def _interpolate(table: Mapping[int, float], x: float) -> float:
+    """Piecewise linear through the table's points (sorted by key), constant beyond its ends."""
+    low_x, low = 0, 0.0
+    for point, value in table.items():
+        if x <= point:
+            return value if not low_x else low + (value - low) * (x - low_x) / (point - low_x)
+        low_x, low = point, value
+    return low
