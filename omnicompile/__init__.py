@@ -55,8 +55,9 @@ def plan(  # type: ignore[no-redef]
 ) -> Plan:
     """The fastest plan that fits, for `model` on `cluster`.
 
-    model: what the command line takes (a path or an import name), a module, or a function that builds one. pins: choices
-    to keep, such as `{"vision.sp": 1, "mesh.sp": 4}`. config: a config.json for a model named by its class.
+    model: what the command line takes (a path or an import name), a module, or a function that builds one.
+    pins: choices to keep, such as `{"vision.sp": 1, "mesh.sp": 4}`.
+    config: a config.json, for a model named by its class.
     Raises InputError, CaptureError, PlanError or InfeasibleError.
     """
     from omnicompile.capture.source import source_of
