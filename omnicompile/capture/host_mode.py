@@ -66,6 +66,10 @@ def _mask_to_indices(index: Any) -> tuple[Any, ...] | None:
 class HostMode(TorchFunctionMode):
     """Active while a model is traced. See the module's docstring."""
 
+    def traced(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run what is not host metadata. Host tensors among the arguments enter the graph as constants here."""
+        return func(*args, **kwargs)
+
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -84,5 +88,5 @@ class HostMode(TorchFunctionMode):
             with outside_tracing():
                 return func(*args, **kwargs)
         if func is torch.Tensor.__getitem__ and (indices := _mask_to_indices(args[1])) is not None:
-            return func(args[0], indices)
-        return func(*args, **kwargs)
+            return self.traced(func, (args[0], indices), {})
+        return self.traced(func, args, kwargs)
