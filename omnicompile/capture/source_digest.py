@@ -1,0 +1,79 @@
+"""A hash of everything local that a model is made from, so that a cached capture is never that of an older file."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import site
+import sys
+import sysconfig
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import ModuleType
+
+
+def digest(kind: str, name: str, sources: dict[str, bytes]) -> str:
+    """Hash of the kind of source, what is built from it, and the content of every file, by name."""
+    result = hashlib.sha256()
+    for part in (kind.encode(), name.encode(), *(p for key in sorted(sources) for p in (key.encode(), sources[key]))):
+        result.update(len(part).to_bytes(8, "big") + part)
+    return result.hexdigest()
+
+
+def file_sources(path: Path) -> dict[str, bytes]:
+    """The file, and the files and packages beside it that it imports, directly or through each other."""
+    root = path.resolve().parent
+    found: dict[str, bytes] = {}
+    queue = [path.resolve()]
+    while queue:
+        file = queue.pop()
+        key = str(file.relative_to(root))
+        if key in found:
+            continue
+        found[key] = file.read_bytes()
+        for name in _imported(found[key]):
+            if (root / f"{name}.py").is_file():
+                queue.append(root / f"{name}.py")
+            elif (root / name / "__init__.py").is_file():
+                queue.extend(sorted((root / name).rglob("*.py")))
+    return found
+
+
+def package_sources(module: ModuleType) -> dict[str, bytes]:
+    """Every file of the top-level package of `module`; for an installed package its version instead."""
+    top = module.__name__.partition(".")[0]
+    package = sys.modules[top]
+    if package.__file__ is None:
+        return {top: b""}
+    file = Path(package.__file__).resolve()
+    if _installed(file):
+        return {top: _version(package).encode()}
+    files = sorted(file.parent.rglob("*.py")) if file.name == "__init__.py" else [file]
+    return {str(entry.relative_to(file.parent)): entry.read_bytes() for entry in files}
+
+
+def _imported(source: bytes) -> set[str]:
+    """Top-level names of all imports in a file, those inside functions included."""
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:
+        return set()
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names.update(alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module.partition(".")[0])
+    return names
+
+
+def _installed(file: Path) -> bool:
+    roots = [*site.getsitepackages(), site.getusersitepackages(), sysconfig.get_paths()["stdlib"]]
+    return any(file.is_relative_to(Path(root).resolve()) for root in roots)
+
+
+def _version(package: ModuleType) -> str:
+    try:
+        return version(package.__name__)
+    except PackageNotFoundError:
+        return str(getattr(package, "__version__", ""))
