@@ -41,22 +41,35 @@ _DTYPES = {str(d): d for d in (torch.float32, torch.float64, torch.bfloat16, tor
 
 @dataclass
 class LayerKind:
-    """A layer traced once. `path` is the instance that was traced; `paths` all instances, in order of execution."""
+    """A layer traced once. `path` is the instance that was traced; `paths` all calls seen, in order."""
 
     index: int
     path: str
-    parent: str
     paths: list[str] = field(default_factory=list)
     out_leaves: list[Any] = field(default_factory=list)
     out_spec: TreeSpec | None = None
 
 
+@dataclass(frozen=True)
+class LayerCall:
+    """A call of the layer at `path`, inside a traced layer of kind `parent` or outside any."""
+
+    path: str
+    kind: int
+    parent: int | None
+
+
 @dataclass
 class Repeats:
-    """What was found while tracing. `calls`: (path, kind) of every layer call, in order, of traced layers at any depth."""
+    """What was found while tracing. `calls`: every layer call, in order, at any depth of the layers that were traced."""
 
     kinds: list[LayerKind] = field(default_factory=list)
-    calls: list[tuple[str, int]] = field(default_factory=list)
+    calls: list[LayerCall] = field(default_factory=list)
+
+    def executions(self, kind: int) -> int:
+        """How often layers of a kind run in one forward, calls inside repeated outer layers counted."""
+        inside = [call for call in self.calls if call.kind == kind]
+        return sum(1 if call.parent is None else self.executions(call.parent) for call in inside)
 
 
 def layer_candidates(model: nn.Module) -> dict[str, tuple[nn.Module, int, int]]:
@@ -150,8 +163,13 @@ def _output_json(leaves: list[Any]) -> str:
 class _Recorder:
     """The forward of one layer while repeats are recorded."""
 
-    def __init__(self, repeats: Repeats, seen: dict[str, LayerKind], stack: list[str]) -> None:
-        self.repeats, self.seen, self.stack = repeats, seen, stack
+    def __init__(self, repeats: Repeats) -> None:
+        self.repeats = repeats
+        self.seen: dict[str, LayerKind] = {}
+        self.stack: list[int] = []
+
+    def _note(self, path: str, kind: int) -> None:
+        self.repeats.calls.append(LayerCall(path, kind, self.stack[-1] if self.stack else None))
 
     def call(self, path: str, structure: str, forward: Any, args: Any, kwargs: Any) -> Any:
         leaves, spec = tree_flatten((args, kwargs))
@@ -159,7 +177,7 @@ class _Recorder:
         kind = self.seen.get(key)
         if kind is None:
             return self._trace(path, key, forward, args, kwargs)
-        self.repeats.calls.append((path, kind.index))
+        self._note(path, kind.index)
         kind.paths.append(path)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         flat = torch.ops.omnicompile.repeated_layer(tensors, path, kind.index, _output_json(kind.out_leaves))
@@ -169,10 +187,10 @@ class _Recorder:
         return tree_unflatten(out, kind.out_spec)
 
     def _trace(self, path: str, key: str, forward: Any, args: Any, kwargs: Any) -> Any:
-        kind = LayerKind(len(self.repeats.kinds), path, self.stack[-1] if self.stack else "", [path])
+        kind = LayerKind(len(self.repeats.kinds), path, [path])
         self.repeats.kinds.append(kind)
-        self.repeats.calls.append((path, kind.index))
-        self.stack.append(path)
+        self._note(path, kind.index)
+        self.stack.append(kind.index)
         try:
             result = forward(*args, **kwargs)
         finally:
@@ -188,7 +206,7 @@ def record_repeats(model: nn.Module) -> Iterator[Repeats]:
     candidates = layer_candidates(model)
     keys = structure_keys(candidates)
     repeats = Repeats()
-    recorder = _Recorder(repeats, {}, [])
+    recorder = _Recorder(repeats)
     wrapped = []
     try:
         for path, (module, _, _) in candidates.items():

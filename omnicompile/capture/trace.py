@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -136,6 +137,8 @@ def trace_forward(
             fixed[name] = value
         else:
             traced[name] = _as_traced(value, mode)
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        fixed.setdefault("use_cache", False)
     wrapped = LossForward(model, fixed)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_environment())
