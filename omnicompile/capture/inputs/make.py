@@ -1,0 +1,164 @@
+"""Example inputs for any Hugging Face model, from its configuration and the signature of its forward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from omnicompile.capture.inputs.audio import audio_layouts
+from omnicompile.capture.inputs.constraints import constraints_of
+from omnicompile.capture.inputs.facts import Facts, placeholder_id
+from omnicompile.capture.inputs.probe import observe
+from omnicompile.capture.inputs.text import Span, make_text, rope_positions
+from omnicompile.capture.inputs.types import ExampleInputs, InputConstraints, InputRequest, Rows
+from omnicompile.capture.inputs.vision import image_layouts
+from omnicompile.errors import CaptureError
+
+ORDINARY = frozenset({"input_ids", "labels", "position_ids", "decoder_input_ids"})
+_PROBE_SEQ_LEN = 211  # prime, and unlike any hidden size: it tells the text sequence from other dimensions
+_IMAGE, _AUDIO = 1, 2
+
+
+def make_inputs(model: nn.Module, sample: InputRequest) -> ExampleInputs:
+    """Arguments for `model`'s forward (with loss) with exactly the numbers of `sample`.
+
+    `model` may be on the meta device. Raises CaptureError where an input cannot be guessed, or where `sample` breaks the
+    model's `input_constraints`.
+    """
+    facts = Facts.of(model)
+    limits = constraints_of(facts)
+    rows = {Rows.SAMPLES: sample.batch, Rows.IMAGES: sample.images, Rows.CLIPS: sample.clips}[limits.rows] or sample.batch
+    _check(limits, sample)
+    towers: dict[str, Any] = {}
+    spans: list[Span] = []
+    tokens = {"image": 0, "audio": 0}
+    grid = _grid(limits, sample)
+    frames = _frames(limits, sample)
+    if limits.images is not None and sample.images:
+        layouts = image_layouts(facts, sample.images, grid, rows, sample.seq_len)
+        given, tokens["image"] = _choose(facts, limits, layouts, "image", sample.images, rows, sample.seq_len)
+        towers |= given
+        spans += _spans(facts, "image", tokens["image"], sample.images, _IMAGE)
+    if limits.audio is not None and sample.clips:
+        layouts = audio_layouts(facts, sample.clips, frames)
+        given, tokens["audio"] = _choose(facts, limits, layouts, "audio", sample.clips, rows, sample.seq_len)
+        towers |= given
+        spans += _spans(facts, "audio", tokens["audio"], sample.clips, _AUDIO)
+    kwargs = _text_arguments(facts, limits, rows, sample.seq_len, spans, towers)
+    return ExampleInputs(
+        kwargs=kwargs,
+        host=_host_names(kwargs),
+        seq_len=sample.seq_len,
+        rows=rows,
+        images=sample.images if limits.images else 0,
+        clips=sample.clips if limits.audio else 0,
+        tokens_per_image=tokens["image"],
+        patches_per_image=grid[0] * grid[1],
+        frames_per_clip=frames,
+        tokens_per_clip=tokens["audio"],
+    )
+
+
+def _check(limits: InputConstraints, sample: InputRequest) -> None:
+    if limits.max_seq_len is not None and sample.seq_len > limits.max_seq_len:
+        raise CaptureError(f"the model takes at most {limits.max_seq_len} text tokens, got {sample.seq_len}")
+    if limits.images is not None and limits.images.grid is None and sample.images and sample.image_grid is not None:
+        if any(n % m for n, m in zip(sample.image_grid, limits.images.multiple)):
+            raise CaptureError(f"the image grid {sample.image_grid} is not a multiple of {limits.images.multiple}")
+
+
+def _grid(limits: InputConstraints, sample: InputRequest) -> tuple[int, int]:
+    if limits.images is None or not sample.images:
+        return 0, 0
+    if limits.images.grid is not None:
+        return limits.images.grid
+    if sample.image_grid is None:
+        raise CaptureError("the model takes images of any size: say which (image_grid)")
+    return sample.image_grid
+
+
+def _frames(limits: InputConstraints, sample: InputRequest) -> int:
+    if limits.audio is None or not sample.clips:
+        return 0
+    if limits.audio.frames is not None:
+        return limits.audio.frames
+    if sample.audio_frames is None:
+        raise CaptureError("the model takes audio of any length: say which (audio_frames)")
+    return sample.audio_frames
+
+
+def _spans(facts: Facts, modality: str, tokens: int, count: int, kind: int) -> list[Span]:
+    token = placeholder_id(facts, modality)
+    return [Span(token, tokens, kind)] * count if token is not None and tokens else []
+
+
+def _choose(
+    facts: Facts,
+    limits: InputConstraints,
+    layouts: Iterator[dict[str, Any]],
+    modality: str,
+    count: int,
+    rows: int,
+    seq_len: int,
+) -> tuple[dict[str, Any], int]:
+    """The first layout that the model's forward takes, and the placeholders per image or clip that it asks for."""
+    token = placeholder_id(facts, modality)
+    kind = _IMAGE if modality == "image" else _AUDIO
+    spans = [Span(token, 1, kind)] * count if token is not None else []
+    length = min(_PROBE_SEQ_LEN, limits.max_seq_len or _PROBE_SEQ_LEN, seq_len)
+    failures: list[str] = []
+    for layout in layouts:
+        kwargs = _text_arguments(facts, limits, rows, length, spans, layout, probing=True)
+        seen = observe(facts.model, kwargs, _host_names(kwargs), length)
+        if seen.rows is not None:
+            if seen.rows % count:
+                raise CaptureError(f"{count} equal {modality} inputs gave {seen.rows} features: give inputs()")
+            return layout, seen.rows // count
+        if seen.error is None:
+            return layout, 0
+        failures.append(f"{type(seen.error).__name__}: {seen.error}".splitlines()[0][:200])
+    raise CaptureError(
+        f"cannot guess the {modality} inputs ({', '.join(sorted(layout))}) of {type(facts.model).__name__}: "
+        f"{failures[0]}; give a function inputs()"
+    )
+
+
+def _text_arguments(
+    facts: Facts,
+    limits: InputConstraints,
+    rows: int,
+    seq_len: int,
+    spans: list[Span],
+    towers: dict[str, Any],
+    probing: bool = False,
+) -> dict[str, Any]:
+    """All keyword arguments: `towers`, and the text that goes with them."""
+    names = facts.arguments
+    text = make_text(facts, rows, seq_len, spans)
+    kwargs = {name: value for name, value in towers.items() if name in names}
+    if "input_ids" in names:
+        kwargs["input_ids"] = text.ids
+    if limits.contrastive:
+        kwargs["return_loss"] = True
+    elif "labels" in names:
+        kwargs["labels"] = text.labels
+    if "decoder_input_ids" in names:
+        kwargs["decoder_input_ids"] = text.ids.clone()
+    for name in ("mm_token_type_ids", "moe_mm_token_type_ids", "token_type_ids"):
+        if name in names and (name != "token_type_ids" or spans):
+            kwargs[name] = text.types
+    if "position_ids" in names and spans and not probing:
+        positions = rope_positions(facts.model, kwargs, text)
+        if positions is not None:
+            kwargs["position_ids"] = positions
+    if "use_cache" in names:
+        kwargs["use_cache"] = False
+    return kwargs
+
+
+def _host_names(kwargs: dict[str, Any]) -> set[str]:
+    return {n for n, v in kwargs.items() if isinstance(v, Tensor) and not v.is_floating_point()} - ORDINARY
+
+

@@ -1,0 +1,130 @@
+"""Run a forward on fake tensors and see where the encoders' features enter the text sequence.
+
+The number of placeholder tokens per image or clip depends on merging, pooling, tiling and separators, which every model
+does its own way. So it is not computed but observed: whatever merges features into the text embeddings writes N rows
+where a mask selects placeholders, and N is the number wanted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from omnicompile.anchors.huggingface import anchored
+from omnicompile.capture.host_mode import HostMode
+from omnicompile.capture.inputs.types import FloatSpec
+from omnicompile.capture.repeats import record_repeats
+from omnicompile.capture.trace import fake_parameters, find_loss
+from omnicompile.torch_compat import FakeTensorMode, new_fake_mode
+
+_MASKED_SCATTERS = frozenset({Tensor.masked_scatter, Tensor.masked_scatter_, torch.masked_scatter})
+
+
+class _Observed(BaseException):
+    """Ends a forward early: what it was run for has been seen. No Exception, so that a model cannot swallow it."""
+
+
+@dataclass(frozen=True)
+class Observation:
+    """rows: features that were merged into the text (None: none seen). loss_dim: dimensions of the loss, None without
+    one. error: what ended the forward early, if anything did."""
+
+    rows: int | None = None
+    loss_dim: int | None = None
+    error: Exception | None = None
+
+
+class _Watch(TorchFunctionMode):
+    """Sees features written over masked positions of a text sequence of `seq_len` tokens."""
+
+    def __init__(self, seq_len: int) -> None:
+        super().__init__()
+        self.seq_len = seq_len
+        self.rows: int | None = None
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        rows = self._merged_rows(func, args, kwargs)
+        if rows:
+            self.rows = rows
+            raise _Observed
+        return func(*args, **kwargs)
+
+    def _merged_rows(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+        if func in _MASKED_SCATTERS:
+            target, source = args[0], args[2] if len(args) > 2 else kwargs.get("source")
+        elif func is Tensor.__setitem__ and _selects_positions(args[1]):
+            target, source = args[0], args[2]
+        else:
+            return None
+        if not isinstance(source, Tensor) or not target.is_floating_point() or self.seq_len not in target.shape[:2]:
+            return None
+        return int(source.numel() // target.shape[-1])
+
+
+def _selects_positions(index: Any) -> bool:
+    first = index[0] if isinstance(index, tuple) and index else index
+    return isinstance(first, Tensor) and first.dtype == torch.bool
+
+
+@contextlib.contextmanager
+def value_checks_off() -> Iterator[None]:
+    """transformers compares placeholder and feature counts unless this switch, which it reads as it runs, is set."""
+    name = "TRANSFORMERS_DISABLE_TORCH_CHECK"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _fake(value: Any, mode: FakeTensorMode) -> Any:
+    if isinstance(value, FloatSpec):
+        with mode:
+            return torch.empty(value.shape, dtype=value.dtype, device="cpu")
+    return mode.from_tensor(value) if isinstance(value, Tensor) else value
+
+
+@contextlib.contextmanager
+def _plain_state_restored(model: nn.Module) -> Iterator[None]:
+    """Attributes that a forward sets on modules (cached position offsets) would outlive their fake mode."""
+    before = {module: dict(module.__dict__) for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, attributes in before.items():
+            if module.__dict__ != attributes:
+                module.__dict__.clear()
+                module.__dict__.update(attributes)
+
+
+def observe(model: nn.Module, kwargs: Mapping[str, Any], host: set[str], seq_len: int, whole: bool = False) -> Observation:
+    """Run `model(**kwargs)` on fake tensors; `host` names the arguments kept real. seq_len: length of the text rows.
+    Stops where features meet the text, unless `whole`, which runs to the loss."""
+    mode = new_fake_mode()
+    watch = _Watch(seq_len)
+    values = {name: value if name in host else _fake(value, mode) for name, value in kwargs.items()}
+    with contextlib.ExitStack() as stack:
+        for context in (value_checks_off(), fake_parameters(model, mode), anchored(model), record_repeats(model)):
+            stack.enter_context(context)
+        try:
+            with torch.no_grad(), mode, HostMode(), contextlib.nullcontext() if whole else watch:
+                loss = find_loss(model(**values))
+        except _Observed:
+            return Observation(rows=watch.rows)
+        except Exception as error:
+            return Observation(error=error)
+    return Observation(loss_dim=loss.dim())

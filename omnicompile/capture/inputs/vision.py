@@ -1,0 +1,213 @@
+"""Image arguments, by the names that Hugging Face processors give them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from omnicompile.capture.inputs.facts import Facts, first_value, pair
+from omnicompile.capture.inputs.types import FloatSpec, ImageConstraints
+
+PIXELS = ("pixel_values", "image_pixel_values", "pixel_values_images", "flattened_patches", "image_patches")
+GRIDS = ("image_grid_thw", "grid_thw", "image_grid_hw", "target_sizes", "spatial_shapes", "image_position_ids")
+_VISION_PATH = re.compile(r"vision|visual|image|vit\b|encoder")
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """Numbers of the vision tower. size: (height, width) in pixels, None if the configuration states none."""
+
+    pixels: str
+    channels: int
+    patch: int
+    temporal: int
+    merge: tuple[int, int]
+    size: tuple[int, int] | None
+    grid_argument: str | None
+
+
+def image_facts(facts: Facts) -> ImageFacts | None:
+    """None for a model that takes no images."""
+    pixels = facts.first_argument(*PIXELS)
+    if pixels is None:
+        return None
+    configs = facts.image_configs
+    size = first_value(configs, "image_size", "force_image_size", "resolution", "img_size", "crop_size")
+    patch = first_value(configs, "patch_size", "spatial_patch_size")
+    merge = first_value(configs, "spatial_merge_size", "merge_kernel_size", "merge_size", "pooling_kernel_size")
+    rows, cols = pair(merge or 1)
+    extra = first_value(configs, "adapter_merge_size", "downsample_factor") or 1
+    return ImageFacts(
+        pixels=pixels,
+        channels=int(first_value(configs, "in_channels", "num_channels", "in_chans") or 3),
+        patch=pair(patch or 16)[0],
+        temporal=int(first_value(configs, "temporal_patch_size", "patch_temporal") or 1),
+        merge=(rows * int(extra), cols * int(extra)),
+        size=pair(size) if size is not None else None,
+        grid_argument=facts.first_argument(*GRIDS),
+    )
+
+
+def image_constraints(facts: Facts) -> ImageConstraints | None:
+    found = image_facts(facts)
+    if found is None:
+        return None
+    if found.grid_argument is not None:
+        return ImageConstraints(found.patch, multiple=found.merge, packed=True)
+    if "image_sizes" in facts.arguments and not _has_fixed_positions(facts, found):
+        return ImageConstraints(found.patch, multiple=found.merge)
+    height, width = found.size or (_DEFAULT_SIZE, _DEFAULT_SIZE)
+    return ImageConstraints(found.patch, grid=(height // found.patch, width // found.patch))
+
+
+_DEFAULT_SIZE = 512
+
+
+def _has_fixed_positions(facts: Facts, found: ImageFacts) -> bool:
+    """Whether the tower holds one learned position per patch of its native size, or is given tiles of it."""
+    if first_value(facts.image_configs, "image_grid_pinpoints", "max_num_tiles") is not None:
+        return True
+    if found.size is None:
+        return False
+    patches = (found.size[0] // found.patch) * (found.size[1] // found.patch)
+    lengths = {patches, patches + 1, patches + 2}
+    return any(
+        lengths & set(tensor.shape[:-1])
+        for name, tensor in facts.model.named_parameters()
+        if tensor.dim() in (2, 3) and "pos" in name and _VISION_PATH.search(name)
+    )
+
+
+def _long(rows: list[list[int]] | list[int]) -> Tensor:
+    return torch.tensor(rows, dtype=torch.long, device="cpu")
+
+
+def _ones(*shape: int, dtype: torch.dtype = torch.long) -> Tensor:
+    return torch.ones(shape, dtype=dtype, device="cpu")
+
+
+def image_layouts(
+    facts: Facts, images: int, grid: tuple[int, int], rows: int, seq_len: int
+) -> Iterator[dict[str, Any]]:
+    """Possible image arguments for `images` images of `grid` patches, most specific first. Names that the processors of
+    several models share do not always mean one shape, so the caller tries one after the other."""
+    found = image_facts(facts)
+    assert found is not None
+    if found.pixels == "flattened_patches":
+        yield from _flattened(facts, found, images, grid, rows, seq_len)
+    elif found.grid_argument == "spatial_shapes" or found.grid_argument == "image_position_ids":
+        yield from _padded_patches(facts, found, images, grid)
+    elif found.grid_argument is not None:
+        yield from _packed(facts, found, images, grid)
+    else:
+        yield from _whole_images(facts, found, images, grid, rows, seq_len)
+
+
+def _packed(facts: Facts, found: ImageFacts, images: int, grid: tuple[int, int]) -> Iterator[dict[str, Any]]:
+    """Patches of all images in one row, with the images' grids beside them."""
+    p, c, t = found.patch, found.channels, found.temporal
+    total = images * grid[0] * grid[1]
+    assert found.grid_argument is not None
+    two_columns = not found.grid_argument.endswith("thw")
+    sizes = _long([list(grid) if two_columns else [1, *grid]] * images)
+    common: dict[str, Any] = {found.grid_argument: sizes}
+    if "image_merge_sizes" in facts.arguments:
+        common["image_merge_sizes"] = _ones(images)
+    shapes: list[tuple[int, ...]] = [(total, c * t * p * p), (total, c * p * p), (total, c, p, p), (total, c, t, p, p)]
+    shapes += [(total, t, c, p, p), (1, total, c * p * p), (1, c, p, total * p), (total, t, p, p, c)]
+    if two_columns:
+        shapes.reverse()
+    for shape in dict.fromkeys(shapes):
+        yield {found.pixels: FloatSpec(shape, facts.dtype), **common}
+
+
+def _padded_patches(facts: Facts, found: ImageFacts, images: int, grid: tuple[int, int]) -> Iterator[dict[str, Any]]:
+    """Patches of each image in a row of its own, [images, patches, values of a patch]."""
+    patches = grid[0] * grid[1]
+    values = FloatSpec((images, patches, found.channels * found.patch**2), facts.dtype)
+    result: dict[str, Any] = {found.pixels: values}
+    if "spatial_shapes" in facts.arguments:
+        result["spatial_shapes"] = _long([list(grid)] * images)
+        result["pixel_attention_mask"] = _ones(images, patches)
+    if "image_position_ids" in facts.arguments:
+        y, x = torch.meshgrid(*(torch.arange(n, device="cpu") for n in grid), indexing="ij")
+        result["image_position_ids"] = torch.stack([x, y], -1).reshape(1, patches, 2).repeat(images, 1, 1)
+    yield result
+
+
+def _flattened(
+    facts: Facts, found: ImageFacts, images: int, grid: tuple[int, int], rows: int, seq_len: int
+) -> Iterator[dict[str, Any]]:
+    """[images, patches, 2 + values of a patch]: the row and column of each patch come first."""
+    values = first_value(facts.image_configs, "patch_embed_hidden_size") or found.channels * found.patch**2
+    spec = FloatSpec((images, grid[0] * grid[1], 2 + int(values)), facts.dtype)
+    yield {found.pixels: spec, **_extras(facts, found, images, grid, rows, seq_len)}
+
+
+def _tiles(facts: Facts, found: ImageFacts) -> tuple[int, tuple[int, int]] | None:
+    """(tiles per image with the overview, image size in pixels) of the first resolution that a tiling model offers."""
+    pinpoints = first_value(facts.image_configs, "image_grid_pinpoints")
+    if not pinpoints or found.size is None:
+        return None
+    height, width = pair(pinpoints[0])
+    tiles = -(-height // found.size[0]) * -(-width // found.size[1])
+    return tiles + 1, (height, width)
+
+
+def _whole_images(
+    facts: Facts, found: ImageFacts, images: int, grid: tuple[int, int], rows: int, seq_len: int
+) -> Iterator[dict[str, Any]]:
+    """[images, channels, height, width], with the dimensions that tiling models and padded batches add."""
+    height, width = grid[0] * found.patch, grid[1] * found.patch
+    image = (found.channels, height, width)
+    extras = _extras(facts, found, images, grid, rows, seq_len)
+    tiles = _tiles(facts, found)
+    per_row = -(-images // rows)
+    shapes: list[tuple[int, ...]] = []
+    if tiles is not None:
+        shapes.append((images, tiles[0], *image))
+        extras["image_sizes"] = _long([list(tiles[1])] * images)
+    elif "image_sizes" in facts.arguments:
+        extras["image_sizes"] = _long([[height, width]] * images)
+    if "aspect_ratio_ids" in facts.arguments:
+        shapes.append((rows, per_row, int(first_value(facts.image_configs, "max_num_tiles") or 1), *image))
+    shapes += [(images, *image), (rows, per_row, *image), (images, 1, *image)]
+    for shape in shapes:
+        masks = {}
+        if "pixel_attention_mask" in facts.arguments and len(shape) == 5:
+            masks["pixel_attention_mask"] = _ones(rows, per_row, height, width, dtype=torch.bool)
+        yield {found.pixels: FloatSpec(shape, facts.dtype), **extras, **masks}
+
+
+def _extras(
+    facts: Facts, found: ImageFacts, images: int, grid: tuple[int, int], rows: int, seq_len: int
+) -> dict[str, Any]:
+    """Further arguments that go with whole images."""
+    names, configs = facts.arguments, facts.image_configs
+    per_row = -(-images // rows)
+    extras: dict[str, Any] = {}
+    if "high_res_pixel_values" in names:
+        side = first_value([getattr(facts.config, "high_res_vision_config", None)], "image_size") or _DEFAULT_SIZE
+        extras["high_res_pixel_values"] = FloatSpec((images, found.channels, *pair(side)), facts.dtype)
+    if "aspect_ratio_ids" in names:
+        tiles = int(first_value(configs, "max_num_tiles") or 1)
+        extras["aspect_ratio_ids"] = _ones(rows, per_row)
+        extras["aspect_ratio_mask"] = _ones(rows, per_row, tiles)
+        extras["cross_attention_mask"] = _ones(rows, seq_len, per_row, tiles)
+    elif "image_attention_mask" in names and "perceiver_embeddings" in names:
+        extras["image_attention_mask"] = _ones(rows, seq_len, per_row)
+    if "qformer_input_ids" in names:
+        extras["qformer_input_ids"] = _ones(images, 16)
+    if "image_embeds_position_mask" in names:
+        count = int(first_value([facts.config], "latent_query_num") or 1) * per_row
+        mask = torch.zeros(rows, seq_len, dtype=torch.bool, device="cpu")
+        mask[:, 1 : 1 + count] = True
+        extras["image_embeds_position_mask"] = mask
+    if {"width", "height"} <= names:
+        extras |= {"height": _long([grid[0]] * images), "width": _long([grid[1]] * images)}
+    return extras
