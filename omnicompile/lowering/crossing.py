@@ -1,0 +1,135 @@
+"""Where a model's host metadata enters its graph, and how it becomes inputs of the graph.
+
+A model computes position ids, cumulative sequence lengths, window indices, placeholder masks and shifted labels from its
+batch on the host, by its own code. `HostMode` runs that code for real. Every host tensor that then meets a traced operation
+*crosses* into the graph. Crossings are numbered in the order in which they first happen, so that running the same code on
+another batch gives the same list with other values: the list is what the graph takes as inputs.
+
+What else could carry a batch's metadata into the graph is taken out here: the longest segment given to the attention
+anchor becomes the sequence length, and features that are split per image only to be joined again stay whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from omnicompile.capture.host_mode import HostMode, is_host
+
+_ATTENTION = torch.ops.omnicompile.attention
+_BOUNDS = slice(4, 6)  # cu_q, cu_k among the arguments of the attention anchor
+_SPLITS = frozenset({torch.split, torch.Tensor.split, torch.split_with_sizes})
+_JOINS = frozenset({torch.cat, torch.concat, torch.concatenate})
+
+
+@dataclass
+class Crossing:
+    """A host tensor that enters the graph. bounds_only: it is used for nothing but the segment bounds of attention, so
+    that it can be lengthened by empty segments."""
+
+    value: Tensor
+    bounds_only: bool = True
+
+
+@dataclass(frozen=True)
+class Call:
+    """A traced operation without its tensors' values: what must be the same for every batch."""
+
+    name: str
+    shapes: tuple[tuple[int, ...], ...]
+    static: str
+
+    def __str__(self) -> str:
+        return f"{self.name}{list(map(list, self.shapes))} with {self.static}"
+
+
+@dataclass
+class _Split:
+    source: Tensor
+    dim: int
+    pieces: tuple[Tensor, ...]
+
+
+class CrossingMode(HostMode):
+    """Host mode that records crossings and, when `inputs` is given, puts the k-th input in the place of the k-th crossing.
+
+    calls: the traced operations, up to what is data of the batch.
+    """
+
+    def __init__(self, inputs: Sequence[Tensor] | None = None) -> None:
+        super().__init__()
+        self.inputs = inputs
+        self.crossings: list[Crossing] = []
+        self.calls: list[Call] = []
+        self._number: dict[int, int] = {}
+        self._splits: dict[int, _Split] = {}
+
+    def traced(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if func in _JOINS and (whole := self._rejoined(args, kwargs)) is not None:
+            return whole
+        if is_attention(func):
+            args = self._with_length_bounds(args)
+        sizes = _split_sizes(func, args, kwargs)
+        leaves, spec = tree_flatten((args, kwargs))
+        if sizes is None:
+            self.calls.append(_call(func, leaves))
+        leaves = [self._enter(leaf, func, args) if is_host(leaf) else leaf for leaf in leaves]
+        args, kwargs = tree_unflatten(leaves, spec)
+        result = func(*args, **kwargs)
+        if sizes is not None:
+            self._remember_split(args, kwargs, result)
+        return result
+
+    def _enter(self, tensor: Tensor, func: Callable[..., Any], args: tuple[Any, ...]) -> Tensor:
+        number = self._number.get(id(tensor))
+        if number is None:
+            number = self._number[id(tensor)] = len(self.crossings)
+            self.crossings.append(Crossing(tensor))
+        if not (is_attention(func) and any(tensor is bound for bound in args[_BOUNDS])):
+            self.crossings[number].bounds_only = False
+        return tensor if self.inputs is None else self.inputs[number]
+
+    def _with_length_bounds(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        if args[4] is None:
+            return args
+        return (*args[:6], args[0].shape[2], args[1].shape[2], *args[8:])
+
+    def _remember_split(self, args: tuple[Any, ...], kwargs: dict[str, Any], pieces: tuple[Tensor, ...]) -> None:
+        dim = kwargs.get("dim", args[2] if len(args) > 2 else 0)
+        split = _Split(args[0], dim % args[0].dim(), tuple(pieces))
+        for piece in pieces:
+            self._splits[id(piece)] = split
+
+    def _rejoined(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        """The tensor whose pieces, all and in order, are being joined."""
+        pieces = args[0] if args else kwargs.get("tensors")
+        if not pieces or (split := self._splits.get(id(pieces[0]))) is None:
+            return None
+        dim = kwargs.get("dim", args[1] if len(args) > 1 else 0) % split.source.dim()
+        same = len(pieces) == len(split.pieces) and all(a is b for a, b in zip(pieces, split.pieces))
+        return split.source if same and dim == split.dim else None
+
+
+def is_attention(func: Callable[..., Any]) -> bool:
+    return func is _ATTENTION or func is _ATTENTION.default
+
+
+def _split_sizes(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[int] | None:
+    """The list of sizes of a split into unequal pieces; None for anything else."""
+    if func not in _SPLITS:
+        return None
+    sizes = args[1] if len(args) > 1 else kwargs.get("split_size_or_sections", kwargs.get("split_sizes"))
+    return sizes if isinstance(sizes, list | tuple) else None
+
+
+def _call(func: Callable[..., Any], leaves: list[Any]) -> Call:
+    """Bounds of segments may have another length in another batch: the shapes of host tensors are checked where they cross."""
+    shapes = tuple(tuple(x.shape) for x in leaves if isinstance(x, Tensor) and not is_host(x))
+    static = [x for x in leaves if not isinstance(x, Tensor) and (x is None or isinstance(x, int | float | str | bool))]
+    name = func.__name__ if hasattr(func, "__name__") else str(func)
+    return Call(name, shapes, str(static))

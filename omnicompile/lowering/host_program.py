@@ -1,0 +1,215 @@
+"""The model's own host-side code, run again for each batch to compute the metadata that the graph takes as inputs.
+
+The code runs on a copy of the model whose parameters are fake tensors, so it costs Python time and nothing else. Layers
+in which no host operation ran and nothing crossed for the first time are not entered again: their recorded outputs stand
+in for them, so that the cost does not grow with depth.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from omnicompile.anchors.huggingface import anchored
+from omnicompile.errors import InputError, LoweringError
+from omnicompile.lowering.crossing import Call, Crossing, CrossingMode
+from omnicompile.torch_compat import FakeTensorMode, new_fake_mode
+
+
+def is_host_input(value: object) -> bool:
+    """Integer tensors of a batch are metadata, computed with on the host; float tensors are data."""
+    return isinstance(value, Tensor) and not value.is_floating_point() and not value.is_complex()
+
+
+def fake_copy(model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None = None) -> nn.Module:
+    """A copy of `model` with fake CPU parameters and buffers; floating ones in `dtype`. Shared tensors stay shared."""
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        if id(tensor) in memo:
+            continue
+        cast = dtype if dtype is not None and isinstance(tensor, nn.Parameter) and tensor.is_floating_point() else None
+        with mode:
+            fake = torch.empty(tensor.shape, dtype=cast or tensor.dtype, device="cpu")
+        memo[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+    copied = copy.deepcopy(model, memo)
+    _disable_caches(copied)
+    return copied
+
+
+def _disable_caches(model: nn.Module) -> None:
+    """Key-value caches are for generation; a model that may make one does so by its configuration's `use_cache`."""
+    for module in model.modules():
+        config = module.__dict__.get("config")
+        if config is not None and getattr(config, "use_cache", False):
+            config.use_cache = False
+
+
+@dataclass
+class Recording:
+    """One run: what crossed, which operations were traced, what the model returned, and which layers saw host work."""
+
+    crossings: list[Crossing] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+    output: Any = None
+
+
+@dataclass
+class _LayerRun:
+    """A call of a layer: its output, and whether host work or a first crossing happened in it."""
+
+    output: Any
+    quiet: bool
+
+
+class HostProgram:
+    """Runs the host-side code of `model` (a fake copy, as `fake_copy` makes it) under the fake mode `mode`."""
+
+    def __init__(self, model: nn.Module, mode: FakeTensorMode | None = None) -> None:
+        self.mode = mode or new_fake_mode()
+        self.model = model
+        self._first: Recording | None = None
+        self._skipped_calls: list[Call] = []
+        self._layers: dict[str, list[_LayerRun]] = {}
+
+    def learn(self, batch: Mapping[str, Any]) -> Recording:
+        """The first run: every layer is entered, and quiet ones are found."""
+        self._layers = {}
+        mode = _CountingMode()
+        with watch_layers(self.model, self._layers, mode):
+            recording = self._run(batch, mode)
+        mode = _CountingMode()
+        with self._stubs():
+            short = self._run(batch, mode)
+        if len(short.crossings) != len(recording.crossings):
+            self._layers = {}  # a layer's host work depends on more than its inputs: enter them all
+            short = recording
+        self._first = short
+        return recording
+
+    def replay(self, batch: Mapping[str, Any]) -> Recording:
+        """The crossings of another batch. Raises LoweringError if that batch would give another graph."""
+        if self._first is None:
+            raise RuntimeError("replay before learn")
+        with self._stubs():
+            recording = self._run(batch, CrossingMode())
+        _check_same(self._first, recording)
+        return recording
+
+    def _run(self, batch: Mapping[str, Any], mode: CrossingMode) -> Recording:
+        kwargs = {name: self.argument(name, value) for name, value in batch.items()}
+        with torch.no_grad(), self.mode, anchored(self.model), mode:
+            output = self.model(**kwargs)
+        return Recording(mode.crossings, mode.calls, output)
+
+    def argument(self, name: str, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if is_host_input(value):
+            return value.detach().cpu()
+        with self.mode:
+            return torch.empty(value.shape, dtype=value.dtype, device="cpu")
+
+    @contextlib.contextmanager
+    def _stubs(self) -> Iterator[None]:
+        """While active, quiet layers return what they returned in the first run."""
+        skipped = {path: runs for path, runs in self._layers.items() if all(run.quiet for run in runs)}
+        layers = [(self.model.get_submodule(path), iter(runs)) for path, runs in skipped.items()]
+        try:
+            for layer, runs in layers:
+                layer.forward = _stub(runs)  # type: ignore[method-assign]
+            yield
+        finally:
+            for layer, _ in layers:
+                del layer.forward
+
+
+def _stub(runs: Iterator[_LayerRun]) -> Any:
+    def forward(*_: Any, **__: Any) -> Any:
+        return next(runs).output
+
+    return forward
+
+
+class _CountingMode(CrossingMode):
+    """Also counts the operations that ran on the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.host_calls = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = len(self.calls)
+        result = super().__torch_function__(func, types, args, kwargs)
+        if len(self.calls) == before and getattr(func, "__name__", "") not in ("__get__", "__set__"):
+            self.host_calls += 1
+        return result
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        return self.host_calls, len(self.crossings)
+
+
+@contextlib.contextmanager
+def watch_layers(model: nn.Module, found: dict[str, list[_LayerRun]], mode: _CountingMode) -> Iterator[None]:
+    """Record into `found` every call of an element of a module list."""
+    started: list[tuple[int, int]] = []
+    handles = []
+
+    def before(*_: Any) -> None:
+        started.append(mode.progress)
+
+    def after(path: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            found.setdefault(path, []).append(_LayerRun(output, mode.progress == started.pop()))
+
+        return hook
+
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList):
+            for child_name, child in module.named_children():
+                path = f"{name}.{child_name}" if name else child_name
+                handles += [child.register_forward_pre_hook(before), child.register_forward_hook(after(path))]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _check_same(first: Recording, other: Recording) -> None:
+    """The batch must trace to the captured graph: same operations, same shapes, bounds of segments apart."""
+    for number, (ours, theirs) in enumerate(zip(first.calls, other.calls)):
+        if ours != theirs:
+            raise LoweringError(
+                f"this batch changes the graph at traced operation {number}: {theirs}, captured as {ours}. "
+                "Pad batches to one budget, or capture with an example of this kind"
+            )
+    if len(first.calls) != len(other.calls) or len(first.crossings) != len(other.crossings):
+        raise LoweringError(
+            f"this batch changes the graph: {len(other.calls)} traced operations and {len(other.crossings)} metadata tensors, "
+            f"captured with {len(first.calls)} and {len(first.crossings)}. Pad batches to one budget"
+        )
+
+
+def fit(crossing: Crossing, captured: Tensor, number: int) -> Tensor:
+    """The value of a crossing in the captured shape; segment bounds are filled up with empty segments."""
+    value = crossing.value
+    if value.shape == captured.shape and value.dtype == captured.dtype:
+        return value
+    if not crossing.bounds_only or value.dim() != 1 or value.dtype != captured.dtype:
+        raise InputError(
+            f"metadata tensor {number} of this batch has shape {list(value.shape)}, the graph takes {list(captured.shape)}: "
+            "pad the batch to the budget"
+        )
+    if value.shape[0] > captured.shape[0]:
+        raise InputError(
+            f"this batch has {value.shape[0] - 1} attention segments, the budget holds {captured.shape[0] - 1}: "
+            "raise `segments`, or pack fewer images into a batch"
+        )
+    return torch.cat([value, value[-1:].expand(captured.shape[0] - value.shape[0])])
