@@ -1,9 +1,9 @@
 """Where a model's host metadata enters its graph, and how it becomes inputs of the graph.
 
-A model computes position ids, cumulative sequence lengths, window indices, placeholder masks and shifted labels from its
-batch on the host, by its own code. `HostMode` runs that code for real. Every host tensor that then meets a traced operation
-*crosses* into the graph. Crossings are numbered in the order in which they first happen, so that running the same code on
-another batch gives the same list with other values: the list is what the graph takes as inputs.
+A model computes position ids, cumulative sequence lengths, window indices, placeholder masks and shifted labels from
+its batch on the host, by its own code. `HostMode` runs that code for real. Every host tensor that then meets a traced
+operation *crosses* into the graph. Crossings are numbered in the order in which they first happen, so that running the
+same code on another batch gives the same list with other values: the list is what the graph takes as inputs.
 
 What else could carry a batch's metadata into the graph is taken out here: the longest segment given to the attention
 anchor becomes the sequence length, and features that are split per image only to be joined again stay whole.
@@ -56,7 +56,7 @@ class _Split:
 
 
 class CrossingMode(HostMode):
-    """Host mode that records crossings and, when `inputs` is given, puts the k-th input in the place of the k-th crossing.
+    """Host mode that records crossings and, when `inputs` is given, puts the k-th of them in place of crossing k.
 
     calls: the traced operations, up to what is data of the batch.
     """
@@ -128,7 +128,7 @@ def _split_sizes(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[s
 
 
 def _call(func: Callable[..., Any], leaves: list[Any]) -> Call:
-    """Bounds of segments may have another length in another batch: the shapes of host tensors are checked where they cross."""
+    """Shapes of host tensors are left out: they are checked where they cross, and segment bounds may be longer."""
     shapes = tuple(tuple(x.shape) for x in leaves if isinstance(x, Tensor) and not is_host(x))
     static = [x for x in leaves if not isinstance(x, Tensor) and (x is None or isinstance(x, int | float | str | bool))]
     name = func.__name__ if hasattr(func, "__name__") else str(func)

@@ -1,7 +1,7 @@
 """Capture a model's forward with loss for lowering: one static graph for every batch of a budget.
 
-The batch's float tensors and every tensor that the model's host code makes of its integer tensors are inputs of the graph
-(see `crossing`); no metadata of the example batch is burnt in.
+The batch's float tensors and every tensor that the model's host code makes of its integer tensors are inputs of the
+graph (see `crossing`); no metadata of the example batch is burnt in.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class CapturedForward:
 
     gm: placeholders are parameters, buffers, constants, float inputs and host inputs; the output is a tuple with one
     value for each of `outputs` ("loss", "logits"). params / buffers / inputs: placeholder name -> name in the model or
-    the batch. constants: placeholder name -> tensor that the model makes of literals. host: placeholders of host metadata, in crossing order.
+    the batch. constants: placeholder name -> tensor that the model makes of literals. host: placeholders of host
+    metadata, in crossing order.
     """
 
     gm: fx.GraphModule
@@ -103,8 +104,8 @@ def capture_forward(
 ) -> tuple[CapturedForward, LoweredInputs]:
     """Capture `model(**batch)` for batches of the shapes of `batch`.
 
-    model: real or on the meta device; it is not changed. batch: an example with real integer tensors. segments: how many
-    segments (images, windows, ...) an attention over packed segments holds at most; at least those of the example.
+    model: real or on the meta device; it is not changed. batch: an example with real integer tensors. segments: how
+    many segments (images, windows, ...) an attention over packed segments holds at most; at least the example's.
     dtype: compute dtype of the parameters (None: the model's own). Raises CaptureError naming the cause.
     """
     mode = new_fake_mode()
@@ -128,8 +129,8 @@ def capture_forward(
         raise CaptureError(explain_failure(error, model)) from error
     if len(crossing.crossings) != len(host):
         raise CaptureError(
-            f"{type(model).__name__}: tracing met {len(crossing.crossings)} metadata tensors, a run before it {len(host)}: "
-            "the forward must do the same each time it is called"
+            f"{type(model).__name__}: tracing met {len(crossing.crossings)} metadata tensors, a run before it "
+            f"{len(host)}: the forward must do the same each time it is called"
         )
     captured = _captured(exported, tuple(find_outputs(first.output)))
     return captured, LoweredInputs(captured, program, tuple(host))

@@ -1,8 +1,8 @@
 """The model's own host-side code, run again for each batch to compute the metadata that the graph takes as inputs.
 
-The code runs on a copy of the model whose parameters are fake tensors, so it costs Python time and nothing else. Layers
-in which no host operation ran and nothing crossed for the first time are not entered again: their recorded outputs stand
-in for them, so that the cost does not grow with depth.
+The code runs on a copy of the model whose parameters are fake tensors, so it costs Python time and nothing else.
+Layers in which no host operation ran and nothing crossed for the first time are not entered again: their recorded
+outputs stand in for them, so that the cost does not grow with depth.
 """
 
 from __future__ import annotations
@@ -192,8 +192,8 @@ def _check_same(first: Recording, other: Recording) -> None:
             )
     if len(first.calls) != len(other.calls) or len(first.crossings) != len(other.crossings):
         raise LoweringError(
-            f"this batch changes the graph: {len(other.calls)} traced operations and {len(other.crossings)} metadata tensors, "
-            f"captured with {len(first.calls)} and {len(first.crossings)}. Pad batches to one budget"
+            f"this batch changes the graph: {len(other.calls)} traced operations and {len(other.crossings)} metadata "
+            f"tensors, captured with {len(first.calls)} and {len(first.crossings)}. Pad batches to one budget"
         )
 
 
@@ -204,8 +204,8 @@ def fit(crossing: Crossing, captured: Tensor, number: int) -> Tensor:
         return value
     if not crossing.bounds_only or value.dim() != 1 or value.dtype != captured.dtype:
         raise InputError(
-            f"metadata tensor {number} of this batch has shape {list(value.shape)}, the graph takes {list(captured.shape)}: "
-            "pad the batch to the budget"
+            f"metadata tensor {number} of this batch has shape {list(value.shape)}, the graph takes "
+            f"{list(captured.shape)}: pad the batch to the budget"
         )
     if value.shape[0] > captured.shape[0]:
         raise InputError(
