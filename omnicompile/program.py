@@ -2,7 +2,7 @@
 
 A Program is an ordered list of *segments*. A segment is a piece of the model that is priced once and executed `count`
 times: a repeated layer (all layers of one structure are one segment), or what lies between layers of a block (patch
-embedding, projector, token embedding, head with loss). Segments belong to modality *blocks*, between which tensors flow.
+embedding, projector, token embedding, head with loss). Segments belong to modality *blocks*; tensors flow between them.
 
 Every size is a sympy expression in the workload symbols below, for a micro-batch of one sample before any parallelism,
 so that one capture answers every sequence length, micro-batch and layout.
@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TypeAlias
 
 import networkx as nx
 import sympy
 
 from omnicompile.recompute import Recompute
 
-Expr = sympy.Expr
+Expr: TypeAlias = sympy.Expr
 
 
 class Sym:
@@ -58,7 +59,7 @@ class GemmShape:
     m: Expr
     n: Expr
     k: Expr
-    batch: Expr = sympy.Integer(1)
+    batch: Expr = sympy.S.One
 
 
 @dataclass(frozen=True)
