@@ -1,0 +1,85 @@
+"""A Program as a person reads it: the tree of blocks and segments with what each costs."""
+
+from __future__ import annotations
+
+import sympy
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from omnicompile.program import Phase, Program, Segment, Sym
+from omnicompile.recompute import Recompute
+from omnicompile.report import figures
+from omnicompile.report.json_view import number, saved_bytes, segment_flops
+from omnicompile.report.terminal import render
+from omnicompile.report.units import bytes_text, count_text, flops_text
+
+Values = dict[sympy.Symbol, float]
+SYMBOL_WORDS = ((Sym.S, "tokens"), (Sym.I, "images"), (Sym.N, "patches"), (Sym.C, "clips"), (Sym.A, "audio frames"))
+COLUMNS = ("", "count", "params", "forward", "backward", "saved", "selective", "full")
+
+
+def program_text(program: Program, values: Values, width: int | None = None, color: bool = False) -> str:
+    """The report of `omnicompile inspect`: per segment the sum over its instances, for one sample on one device."""
+    parts: list[RenderableType] = [_title(program), Text("  " + _sample_words(values), style="dim"), Text("")]
+    parts.append(_tree(program, values))
+    if program.edges:
+        parts.append(Text("\nBetween blocks", style="bold cyan"))
+    for edge in program.edges:
+        parts.append(Text(f"  {edge.source} -> {edge.target}: {bytes_text(number(edge.nbytes, values))}"))
+    if program.notes:
+        parts.append(Text("\nNotes", style="bold cyan"))
+        parts += [Padding(Text(f"- {note}"), (0, 0, 0, 2)) for note in program.notes]
+    return render(Group(*parts), width, color)
+
+
+def _title(program: Program) -> Text:
+    total, active = program.param_count, figures.active_param_count(program)
+    words = f": {count_text(total)} parameters" + (f", {count_text(active)} active per token" if active < total else "")
+    return Text.assemble((program.name, "bold"), words)
+
+
+def _sample_words(values: Values) -> str:
+    shown = [f"{values[symbol]:,.0f} {word}" for symbol, word in SYMBOL_WORDS if values.get(symbol)]
+    return (
+        "one sample of " + ", ".join(shown) + "; FLOPs without the causal discount; saved: bytes kept for the backward"
+    )
+
+
+def _tree(program: Program, values: Values) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
+    for name in COLUMNS:
+        table.add_column(name, justify="right" if name else "left", no_wrap=bool(name))
+    rows = {block.name: [_sums(s, values) for s in program.block_segments(block.name)] for block in program.blocks}
+    for block in program.blocks:
+        where = f" {block.path}" if block.path and block.path != block.name else ""
+        title = Text.assemble((block.name, "bold"), (f" ({block.kind}){where}", "dim"))
+        table.add_row(title, "", *_words([sum(column) for column in zip(*rows[block.name])]), style="bold")
+        segments = program.block_segments(block.name)
+        for index, segment in enumerate(segments):
+            branch = "└ " if index == len(segments) - 1 else "├ "
+            label = Text(f"{branch}{segment.name}") + Text(f" ({segment.role})", style="dim")
+            table.add_row(label, str(segment.count), *_words(rows[block.name][index]))
+    everything = [row for block_rows in rows.values() for row in block_rows]
+    table.add_row("total", "", *_words([sum(column) for column in zip(*everything)]), style="bold")
+    return table
+
+
+def _sums(segment: Segment, values: Values) -> list[float]:
+    """Parameters, forward FLOPs, backward FLOPs, and saved bytes under each policy, over all instances."""
+    saved = saved_bytes(segment, values)
+    each = [
+        segment.param_count,
+        segment_flops(segment, Phase.FORWARD, values),
+        segment_flops(segment, Phase.BACKWARD, values),
+        *(saved.get(policy, 0.0) for policy in (Recompute.NONE, Recompute.SELECTIVE, Recompute.FULL)),
+    ]
+    return [segment.count * value for value in each]
+
+
+def _words(sums: list[float]) -> list[str]:
+    if not sums:
+        return [""] * 6
+    params, forward, backward, *saved = sums
+    return [count_text(params), flops_text(forward), flops_text(backward), *(bytes_text(value) for value in saved)]
