@@ -1,0 +1,173 @@
+"""Bytes on one GPU by kind, and the moment of the step when they peak.
+
+Trained parameters are kept as float32 master shards, gathered and reduced in the plan's dtypes, with two float32 moments
+(AdamW). A replicated block keeps a whole copy in compute precision besides. Frozen parameters, and trained ones whose
+optimizer is offloaded (master weights and moments in host memory), are kept in compute precision only. Gradients are
+kept in the reduction dtype: sharded like the parameters, whole for replicated blocks.
+
+Memory changes at the borders of runs, so the peak is the largest of a few moments per run: `moments` lists them. The
+bytes at a moment are a sum over blocks, each a function of that block's plan alone; the planner relies on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from omnicompile.cost_model.hardware import Hardware
+from omnicompile.cost_model.step_layout import Groups
+from omnicompile.cost_model.step_units import StepOptions, UnitCost, UnitMemory
+from omnicompile.plan import Sharding
+from omnicompile.program import Program, Segment
+
+if TYPE_CHECKING:
+    from omnicompile.cost_model.step_model import BlockCost
+
+KINDS = ("parameters", "gradients", "optimizer", "activations", "temporaries", "gathered parameters", "buffers")
+_ACTIVATIONS, _TEMPORARIES, _GATHERED, _BUFFERS, _GRADIENTS = 3, 4, 5, 6, 1
+MASTER_BYTES, MOMENT_BYTES = 4, 8
+
+
+@dataclass(frozen=True)
+class StaticMemory:
+    """Bytes of a block's state on one GPU through the whole step; trained_numel: parameters updated on this GPU."""
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    trained_numel: float
+
+    @property
+    def total(self) -> float:
+        return self.parameters + self.gradients + self.optimizer
+
+
+def static_memory(
+    segments: Sequence[Segment],
+    groups: Groups,
+    options: StepOptions,
+    trained: bool,
+    offload_optimizer: bool,
+    sharding: Sharding,
+) -> StaticMemory:
+    """State of a block's parameters, those shared with another segment counted once."""
+    expert = sum(s.expert_param_count * s.count for s in segments)
+    dense = sum(s.param_count * s.count for s in segments) - expert
+    local = dense / groups.shard.size + expert / (groups.experts.size * groups.expert_shard.size)
+    if not trained:
+        return StaticMemory(local * options.param_bytes, 0.0, 0.0, 0.0)
+    gradients = local * options.reduce_bytes
+    if offload_optimizer:
+        return StaticMemory(local * options.param_bytes, gradients, 0.0, local)
+    copy = options.param_bytes if sharding is Sharding.REPLICATE and options.param_bytes != MASTER_BYTES else 0
+    return StaticMemory(local * (MASTER_BYTES + copy), gradients, local * MOMENT_BYTES, local)
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A point in the step. run: index into `Program.runs`. saved: instances per run whose activations are kept.
+    gathered: run indices whose parameters are gathered, with multiplicity. reducing: run of the gradients in flight."""
+
+    backward: bool
+    run: int
+    saved: tuple[int, ...]
+    gathered: tuple[int, ...]
+    reducing: int | None = None
+
+
+def moments(program: Program) -> tuple[Moment, ...]:
+    """Every moment that can be the peak, whatever the plan: forward and backward of each run, in its middle (the next
+    instance is prefetched) and at its border to the next run."""
+    counts = [run.count for run in program.runs]
+    result: list[Moment] = []
+    for i, count in enumerate(counts):
+        before = tuple(counts[:i])
+        rest = len(counts) - i - 1
+        following = (i + 1,) if rest else ()
+        full, less = (*before, count, *[0] * rest), (*before, count - 1, *[0] * rest)
+        first = (*before, 1, *[0] * rest)
+        previous = (i - 1,) if i else ()
+        result.append(Moment(False, i, full, (i, *following)))
+        result.append(Moment(True, i, first, (i, *previous), i if count > 1 else (i + 1 if rest else None)))
+        if count > 1:
+            result.append(Moment(False, i, less, (i, i)))
+            result.append(Moment(True, i, full, (i, i), i + 1 if rest else None))
+        if count > 2:
+            result.append(Moment(True, i, less, (i, i), i))
+    return tuple(result)
+
+
+@dataclass
+class MemoryLayout:
+    """The moments of a program, and which block each run belongs to."""
+
+    program: Program
+    moments: tuple[Moment, ...] = field(init=False)
+    blocks: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.moments = moments(self.program)
+        self.blocks = tuple(self.program.segment(run.segment).block for run in self.program.runs)
+
+    def block_bytes(self, name: str, cost: BlockCost, reshard: bool) -> np.ndarray:
+        """Bytes (kind, moment) that block `name` adds, kinds as in `KINDS`."""
+        table = np.zeros((len(KINDS), len(self.moments)))
+        table[0], table[1], table[2] = cost.static.parameters, cost.static.gradients, cost.static.optimizer
+        mine = [i for i, block in enumerate(self.blocks) if block == name]
+        units = {i: cost.units[self.program.runs[i].segment] for i in mine}
+        for column, moment in enumerate(self.moments):
+            for i, unit in units.items():
+                self._add_saved(table, column, moment, i, unit)
+                if not reshard:
+                    table[_GATHERED, column] += unit.memory.gathered * self._resident(moment, i)
+            for i in moment.gathered:
+                if i in units and reshard and not (moment.backward and not units[i].backward):
+                    table[_GATHERED, column] += units[i].memory.gathered
+            if moment.run in units:
+                self._add_running(table, column, moment, units[moment.run])
+            if moment.reducing in units and units[moment.reducing].backward:
+                table[_GRADIENTS, column] += units[moment.reducing].memory.reducing
+        return table
+
+    def _resident(self, moment: Moment, run: int) -> int:
+        """Instances of a run whose parameters stay gathered from forward to backward, or are being used."""
+        here = moment.saved[run]
+        return max(here, moment.gathered.count(run))
+
+    @staticmethod
+    def _add_saved(table: np.ndarray, column: int, moment: Moment, run: int, unit: UnitCost) -> None:
+        kept = moment.saved[run]
+        table[_ACTIVATIONS, column] += kept * unit.memory.saved
+        # Activations on their way to or from the host: the instance at work and the next one.
+        if kept and abs(run - moment.run) <= 1:
+            table[_ACTIVATIONS, column] += min(kept, 2) * unit.memory.host
+
+    @staticmethod
+    def _add_running(table: np.ndarray, column: int, moment: Moment, unit: UnitCost) -> None:
+        memory: UnitMemory = unit.memory
+        if moment.backward and not unit.backward:
+            return
+        table[_BUFFERS, column] += memory.exchange
+        if not moment.backward:
+            table[_TEMPORARIES, column] += memory.forward_peak
+            return
+        table[_TEMPORARIES, column] += max(memory.backward_peak, 0.0) + memory.recomputed
+        table[_GRADIENTS, column] += memory.weight_gradient
+
+
+def overhead_bytes(hardware: Hardware) -> dict[str, float]:
+    """What no plan changes: the CUDA context with communication buffers, and the allocator's slack."""
+    return {
+        "context": hardware.context_bytes,
+        "allocator slack": hardware.memory_bytes * hardware.memory_reserve_fraction,
+    }
+
+
+def peak_breakdown(total: np.ndarray, hardware: Hardware) -> dict[str, float]:
+    """Bytes by kind at the moment of the peak. `total`: (kind, moment), summed over blocks."""
+    column = int(np.argmax(total.sum(axis=0)))
+    kinds = {kind: float(total[row, column]) for row, kind in enumerate(KINDS)}
+    return kinds | overhead_bytes(hardware)

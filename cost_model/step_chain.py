@@ -1,0 +1,116 @@
+"""The chain of work of one segment instance: compute, and the collectives that compute has to wait for.
+
+The pieces of a chain run strictly one after another. Collectives that may overlap (parameter gathers, gradient
+reductions, host copies) are not part of it; see `step_units`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from omnicompile.cost_model.step_layout import Gradient, Groups, Split
+from omnicompile.cost_model.step_numbers import OpNumbers, SegmentNumbers
+from omnicompile.cost_model.step_price import Piece, Prices
+from omnicompile.program import OpKind, Phase, Recompute
+
+ACTIVATION_BYTES = 2
+LOSS_CHUNK_ROWS = 2048
+"""Tokens whose logits exist at a time in the chunked loss head."""
+
+Chain = tuple[Piece, ...]
+
+
+def merge(pieces: Iterable[Piece]) -> Chain:
+    """Join neighbours of the same stream and kind."""
+    merged: list[Piece] = []
+    for piece in pieces:
+        if merged and merged[-1].stream == piece.stream and merged[-1].kind == piece.kind:
+            merged[-1] = Piece(piece.stream, merged[-1].seconds + piece.seconds, piece.kind)
+        else:
+            merged.append(piece)
+    return tuple(merged)
+
+
+def attention_exchange_bytes(op: OpNumbers, sp: int) -> tuple[float, float]:
+    """Bytes of one rank's all-to-all buffers around attention under Ulysses: (query, key and value; output).
+
+    With more ranks than key/value heads, each of those heads is sent to sp / kv_heads ranks.
+    """
+    shape = op.op.attention
+    assert shape is not None
+    kv_heads = max(shape.kv_heads, sp)
+    output = op.q_tokens * shape.heads * shape.v_head_dim * ACTIVATION_BYTES / sp
+    query = op.q_tokens * shape.heads * shape.head_dim * ACTIVATION_BYTES / sp
+    key_value = op.kv_tokens * kv_heads * (shape.head_dim + shape.v_head_dim) * ACTIVATION_BYTES / sp
+    return query + key_value, output
+
+
+def expert_exchange_bytes(op: OpNumbers, split: Split) -> float:
+    """Bytes of one rank's token rows sent to their experts, with balanced routing."""
+    shape = op.op.experts
+    assert shape is not None
+    return op.tokens / split.tokens * shape.top_k * shape.hidden * ACTIVATION_BYTES
+
+
+def op_chain(
+    ops: Sequence[OpNumbers], seconds: Sequence[float], split: Split, groups: Groups, prices: Prices, kind: str
+) -> Chain:
+    """Operators in order, with all-to-alls around attention (heads split) and around the experts (ep > 1)."""
+    pieces: list[Piece] = []
+    experts = [i for i, op in enumerate(ops) if op.op.kind is OpKind.GROUPED_GEMM and op.op.experts is not None]
+    for i, op in enumerate(ops):
+        compute = Piece("compute", seconds[i], kind)
+        if op.op.attention is not None and split.heads > 1:
+            inward, outward = attention_exchange_bytes(op, split.heads)
+            if op.op.phase is Phase.BACKWARD:
+                inward, outward = outward, inward
+            pieces += prices.collective("all_to_all", inward, groups.sequence)
+            pieces.append(compute)
+            pieces += prices.collective("all_to_all", outward, groups.sequence)
+            continue
+        if experts and i == experts[0]:
+            pieces += prices.collective("all_to_all", expert_exchange_bytes(op, split), groups.experts)
+        pieces.append(compute)
+        if experts and i == experts[-1]:
+            pieces += prices.collective("all_to_all", expert_exchange_bytes(op, split), groups.experts)
+    return merge(pieces)
+
+
+def forward_indices(numbers: SegmentNumbers) -> list[int]:
+    return [i for i, op in enumerate(numbers.ops) if op.op.phase is Phase.FORWARD]
+
+
+def backward_indices(numbers: SegmentNumbers, gradient: Gradient) -> list[int]:
+    """Backward operators that the wanted gradients need."""
+    wanted = {name for name, needed in (("weight", gradient.weight), ("input", gradient.input)) if needed}
+    return [
+        i
+        for i, op in enumerate(numbers.ops)
+        if op.op.phase is Phase.BACKWARD and wanted and (not op.op.feeds or op.op.feeds & wanted)
+    ]
+
+
+def recompute_indices(numbers: SegmentNumbers, policy: Recompute) -> list[int]:
+    """Forward operators that run again in the backward."""
+    names = set(numbers.segment.saved[policy].recompute_ops)
+    return [i for i in forward_indices(numbers) if numbers.ops[i].op.name in names]
+
+
+def pick(chain_of: list[int], numbers: SegmentNumbers, seconds: Sequence[float]) -> tuple[list[OpNumbers], list[float]]:
+    return [numbers.ops[i] for i in chain_of], [seconds[i] for i in chain_of]
+
+
+def contend(chain: Chain, beside: Chain, factor: float) -> tuple[Chain, int]:
+    """The chain slowed by the collectives `beside` it, and the index of its longest compute piece.
+
+    Prefetches are issued just before that piece: they hide behind it without standing in the way of the chain's own
+    collectives. Compute takes 1 + factor times as long for as long as collectives run beside it.
+    """
+    if not chain:
+        return chain, 0
+    window = max(range(len(chain)), key=lambda i: chain[i].seconds if chain[i].stream == "compute" else -1.0)
+    compute = sum(piece.seconds for piece in chain if piece.stream == "compute")
+    widest = chain[window]
+    extra = factor * min(compute, sum(piece.seconds for piece in beside))
+    slowed = Piece(widest.stream, widest.seconds + extra, widest.kind)
+    return (*chain[:window], slowed, *chain[window + 1 :]), window

@@ -1,0 +1,281 @@
+"""The Schedule of one micro-step of one rank under a plan, and of the optimizer step that it is part of.
+
+    forward:   layer 1 | layer 2 | layer 3 | ...        each instance: its chain of compute and the collectives that
+    gathers:   2       | 3       | 4       | ...        compute waits for; beside it the parameters of the next one
+    backward:  ... layer 3 | layer 2 | layer 1          are gathered, its gradients reduced, its activations copied
+    reduces:           3   |     2   |       1
+
+A gather is issued when the instance before its own begins, so that at most two instances' parameters are whole at once.
+Gradient accumulation repeats the micro-step. Each micro-step is one call of forward and backward, after which all its
+collectives have completed; so micro-steps do not overlap and their times add up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from omnicompile.cost_model.schedule import Dep, Loop, Schedule, Task
+from omnicompile.cost_model.step_chain import Chain
+from omnicompile.cost_model.step_model import BlockCost, StepModel
+from omnicompile.cost_model.step_price import Piece
+from omnicompile.cost_model.step_units import UnitCost
+from omnicompile.plan import Plan
+from omnicompile.program import Program
+
+
+@dataclass(frozen=True)
+class Step:
+    """An optimizer step: `accumulation` - 1 micro-steps `micro`, then `last`, which also reduces over replicas and
+    updates the parameters."""
+
+    micro: Schedule
+    last: Schedule
+    accumulation: int
+
+
+def build_step(program: Program, plan: Plan, model: StepModel) -> Step:
+    """Schedules of one optimizer step of one rank."""
+    blocks = model.plan_blocks(plan)
+    return step_of_blocks(program, blocks, plan.accumulation)
+
+
+def build_schedule(program: Program, plan: Plan, model: StepModel) -> Schedule:
+    """The schedule of the step's last (with accumulation 1: only) micro-step, optimizer included."""
+    return build_step(program, plan, model).last
+
+
+def step_of_blocks(program: Program, blocks: dict[str, BlockCost], accumulation: int) -> Step:
+    last = _Builder(program, blocks, last=True).build()
+    micro = _Builder(program, blocks, last=False).build() if accumulation > 1 else last
+    return Step(micro, last, accumulation)
+
+
+@dataclass(frozen=True)
+class _Execution:
+    """`count` equal executions in a row: of `unit`, each followed by one of `following`."""
+
+    unit: UnitCost
+    following: UnitCost | None
+    count: int
+
+
+def _executions(units: list[tuple[UnitCost, int]]) -> Iterator[_Execution]:
+    for i, (unit, count) in enumerate(units):
+        if count > 1:
+            yield _Execution(unit, unit, count - 1)
+        yield _Execution(unit, units[i + 1][0] if i + 1 < len(units) else None, 1)
+
+
+@dataclass
+class _Body:
+    """The tasks of one loop; `issue` returns the name under which later tasks of the same loop can wait."""
+
+    block: str
+    tasks: list[Task] = field(default_factory=list)
+
+    def issue(
+        self, name: str, piece: Piece, after: tuple[Dep, ...] = (), alloc: float = 0.0, free: float = 0.0
+    ) -> str:
+        self.tasks.append(
+            Task(name, piece.stream, piece.seconds, piece.kind, self.block, after, alloc, free)
+        )
+        return name
+
+
+class _Builder:
+    """Emits the loops of one micro-step in order, remembering which tasks later ones wait for."""
+
+    def __init__(self, program: Program, blocks: dict[str, BlockCost], last: bool) -> None:
+        self._program = program
+        self._blocks = blocks
+        self._last = last
+        self._loops: list[Loop] = []
+        self._gathered: tuple[str, ...] = ()  # qualified names of the gathers of the next instance
+        self._fetched: tuple[str, ...] = ()
+        self._chain_end: str = ""  # qualified name of the last task of the latest chain
+        self._ends: dict[str, str] = {}  # latest task that occupies each communication stream
+
+    def build(self) -> Schedule:
+        order = [(self._unit(run.segment), run.count) for run in self._program.runs]
+        self._prologue(order[0][0])
+        self._forward(order)
+        backward = [(unit, count) for unit, count in reversed(order) if unit.backward]
+        if backward:
+            self._turn(order[-1][0], backward[0][0])
+            self._backward(backward)
+        if self._last:
+            self._optimizer()
+        return Schedule(tuple(self._loops), sum(cost.static.total for cost in self._blocks.values()))
+
+    def _unit(self, segment: str) -> UnitCost:
+        return self._blocks[self._program.segment(segment).block].units[segment]
+
+    def _add(self, body: _Body, count: int) -> str:
+        """Append the loop; returns its name."""
+        name = f"{len(self._loops)}"
+        self._loops.append(Loop(name, tuple(body.tasks), count))
+        for task in body.tasks:
+            if task.stream != "compute":
+                self._ends[task.stream] = f"{name}.{task.name}"
+        return name
+
+    def _prologue(self, first: UnitCost) -> None:
+        body = _Body(first.block)
+        names = _gather_tasks(body, first, ())
+        if names:
+            loop = self._add(body, 1)
+            self._gathered = tuple(f"{loop}.{name}" for name in names)
+
+    def _forward(self, order: list[tuple[UnitCost, int]]) -> None:
+        last_run = self._last_runs()
+        position = 0
+        remaining = [count for _, count in order]
+        for execution in _executions(order):
+            self._forward_loop(execution)
+            remaining[position] -= execution.count
+            if not remaining[position]:
+                block = execution.unit.block
+                if last_run[block] == position:
+                    self._edge(block, self._blocks[block].edge_forward)
+                position += 1
+
+    def _last_runs(self) -> dict[str, int]:
+        return {self._program.segment(run.segment).block: i for i, run in enumerate(self._program.runs)}
+
+    def _forward_loop(self, execution: _Execution) -> None:
+        unit = execution.unit
+        body = _Body(unit.block)
+        gathers = () if execution.following is None else execution.following.gather
+        repeated = execution.count > 1 or execution.following is unit
+        waits = self._waits(self._gathered, gathers if repeated else ())
+        if unit.host_seconds:
+            waits += (Dep("offload", 2),)
+        body.issue("begin", Piece("compute", 0.0, "compute"), waits, alloc=unit.memory.forward_peak)
+        end = self._chain_tasks(body, unit.forward, unit.forward_window, execution.following)
+        kept = unit.memory.saved + unit.memory.host
+        body.issue("end", Piece("compute", 0.0, "compute"), end, alloc=kept, free=_forward_free(execution))
+        if unit.host_seconds:
+            piece = Piece("copy", unit.host_seconds, "offload")
+            body.issue("offload", piece, (Dep("end"),), free=unit.memory.host)
+        self._finish(body, execution)
+
+    def _backward(self, order: list[tuple[UnitCost, int]]) -> None:
+        executions = list(_executions(order))
+        first_run = {}
+        for i, run in enumerate(self._program.runs):
+            first_run.setdefault(self._program.segment(run.segment).block, i)
+        entered: set[str] = set()
+        for execution in executions:
+            block = execution.unit.block
+            if block not in entered:
+                entered.add(block)
+                self._edge(block, self._blocks[block].edge_backward)
+            self._backward_loop(execution)
+
+    def _turn(self, last: UnitCost, first: UnitCost) -> None:
+        """From forward to backward: what the last forward used is still whole, anything else is gathered again."""
+        body = _Body(first.block)
+        begin = (Dep(self._chain_end),)
+        names = _gather_tasks(body, first, begin) if first is not last and first.regather else ()
+        if first.host_seconds:
+            body.issue("fetch", Piece("copy", first.host_seconds, "offload"), begin, alloc=first.memory.host)
+        if body.tasks:
+            loop = self._add(body, 1)
+            self._gathered = tuple(f"{loop}.{name}" for name in names)
+            self._fetched = (f"{loop}.fetch",) if first.host_seconds else ()
+
+    def _backward_loop(self, execution: _Execution) -> None:
+        unit, memory = execution.unit, execution.unit.memory
+        body = _Body(unit.block)
+        following = execution.following
+        repeated = following is unit
+        gathers = following.gather if repeated and unit.regather else ()
+        waits = self._waits(self._gathered, gathers)
+        if unit.host_seconds:
+            waits += self._waits(self._fetched, (), extra="fetch" if repeated else "")
+        peak = memory.backward_peak + memory.recomputed + memory.weight_gradient
+        body.issue("begin", Piece("compute", 0.0, "compute"), waits, alloc=peak)
+        prefetched = following if following is not None and following.regather else None
+        end = self._chain_tasks(body, unit.backward, unit.backward_window, prefetched)
+        freed = peak + memory.saved + memory.host + memory.gathered
+        body.issue("end", Piece("compute", 0.0, "compute"), end, alloc=memory.reducing, free=freed)
+        if following is not None and following.host_seconds:
+            piece = Piece("copy", following.host_seconds, "offload")
+            body.issue("fetch", piece, (Dep("begin"),), alloc=following.memory.host)
+        self._reduce(body, unit)
+        self._finish(body, execution)
+
+    def _reduce(self, body: _Body, unit: UnitCost) -> None:
+        pieces = unit.reduce_last if self._last else unit.reduce
+        previous = "end"
+        for i, piece in enumerate(pieces):
+            free = unit.memory.reducing if i == len(pieces) - 1 else 0.0
+            previous = body.issue(f"reduce{i}", piece, (Dep(previous),), free=free)
+        if not pieces and unit.memory.reducing:
+            body.issue("accumulated", Piece("compute", 0.0, "compute"), free=unit.memory.reducing)
+
+    def _chain_tasks(
+        self, body: _Body, chain: Chain, window: int, following: UnitCost | None
+    ) -> tuple[Dep, ...]:
+        """The chain's pieces one after another; the next instance's gathers are issued before piece `window`."""
+        previous = "begin"
+        for i, piece in enumerate(chain):
+            if i == window and following is not None:
+                _gather_tasks(body, following, (Dep("begin"),))
+            previous = body.issue(f"work{i}", piece, (Dep(previous),))
+        if not chain and following is not None:
+            _gather_tasks(body, following, (Dep("begin"),))
+        return (Dep(previous),)
+
+    def _waits(self, earlier: tuple[str, ...], own: Chain, extra: str = "") -> tuple[Dep, ...]:
+        """Wait for collectives issued by earlier loops and, in a repeated body, by its previous iteration."""
+        waits = tuple(Dep(name) for name in earlier)
+        waits += tuple(Dep(f"gather{i}", 1) for i in range(len(own)))
+        return (*waits, Dep(extra, 1)) if extra else waits
+
+    def _finish(self, body: _Body, execution: _Execution) -> None:
+        loop = self._add(body, execution.count)
+        names = {task.name for task in body.tasks}
+        self._gathered = tuple(f"{loop}.{name}" for name in sorted(names) if name.startswith("gather"))
+        self._fetched = (f"{loop}.fetch",) if "fetch" in names else ()
+        self._chain_end = f"{loop}.end"
+
+    def _edge(self, block: str, pieces: Chain) -> None:
+        if not pieces:
+            return
+        body = _Body(block)
+        previous = self._chain_end
+        for i, piece in enumerate(pieces):
+            body.issue(f"edge{i}", piece, (Dep(previous),))
+            previous = f"edge{i}"
+        body.issue("end", Piece("compute", 0.0, "compute"), (Dep(previous),))
+        self._chain_end = f"{self._add(body, 1)}.end"
+
+    def _optimizer(self) -> None:
+        """The update of each block, once every gradient is reduced."""
+        waits = tuple(Dep(name) for name in (*self._ends.values(), self._chain_end))
+        for block, cost in self._blocks.items():
+            body = _Body(block)
+            if cost.optimizer:
+                body.issue("update", Piece("compute", cost.optimizer, "optimizer"), waits)
+            if cost.optimizer_copy:
+                body.issue("gradients out", Piece("copy", cost.optimizer_copy, "optimizer"), waits)
+                body.issue("weights in", Piece("copy", cost.optimizer_copy, "optimizer"), (Dep("gradients out"),))
+            if body.tasks:
+                self._add(body, 1)
+
+
+def _forward_free(execution: _Execution) -> float:
+    """What the end of a forward gives back: temporaries, and the whole parameters if they are not kept."""
+    unit = execution.unit
+    kept = bool(unit.backward) and (not unit.regather or execution.following is None)
+    return unit.memory.forward_peak + (0.0 if kept else unit.memory.gathered)
+
+
+def _gather_tasks(body: _Body, unit: UnitCost, after: tuple[Dep, ...]) -> list[str]:
+    """All-gathers of a unit's parameters; the first allocates them all."""
+    return [
+        body.issue(f"gather{i}", piece, after, alloc=unit.memory.gathered if i == 0 else 0.0)
+        for i, piece in enumerate(unit.gather)
+    ]

@@ -1,0 +1,246 @@
+"""What one instance of a segment costs under a block's plan: chains, parameter collectives, copies and memory."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from omnicompile.cost_model import step_chain
+from omnicompile.cost_model.step_chain import LOSS_CHUNK_ROWS, Chain
+from omnicompile.cost_model.step_layout import Gradient, Groups, Split
+from omnicompile.cost_model.step_numbers import SegmentNumbers
+from omnicompile.cost_model.step_price import Prices
+from omnicompile.plan import BlockPlan, LossHead, Sharding
+from omnicompile.program import OpKind, Recompute, Segment
+
+LOGIT_BYTES = 10
+"""Per logit of a chunk in the chunked loss head: bf16 logits and their gradient, float32 probabilities, 2 of scratch."""
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """Choices that concern the whole step. Byte sizes of one parameter in compute and of one reduced gradient."""
+
+    micro_batch: int
+    loss_head: LossHead
+    param_bytes: int = 2
+    reduce_bytes: int = 4
+
+
+@dataclass(frozen=True)
+class UnitMemory:
+    """Bytes on one GPU of one instance.
+
+    gathered: whole parameters in compute precision, 0 where they are resident. saved: kept from forward to backward on
+    the GPU. host: kept in host memory instead. recomputed: recreated by the recompute. forward_peak / backward_peak:
+    temporaries. exchange: all-to-all buffers. weight_gradient: whole gradients of the instance before reduction.
+    reducing: the buffer being reduced.
+    """
+
+    gathered: float
+    saved: float
+    host: float
+    recomputed: float
+    forward_peak: float
+    backward_peak: float
+    exchange: float
+    weight_gradient: float
+    reducing: float
+
+
+@dataclass(frozen=True)
+class UnitCost:
+    """One instance of a segment.
+
+    forward / backward: strict chains (backward empty: none is needed). gather: parameter all-gathers before use, again
+    before the backward if `regather`. reduce: after the backward of every micro-step; reduce_last: of the last one.
+    host_seconds: one way, for the activations kept in host memory. forward_window / backward_window: piece of the chain
+    before which prefetches are issued.
+    """
+
+    name: str
+    block: str
+    forward: Chain
+    backward: Chain
+    forward_window: int
+    backward_window: int
+    gather: Chain
+    regather: bool
+    reduce: Chain
+    reduce_last: Chain
+    host_seconds: float
+    memory: UnitMemory
+
+
+def unit_cost(
+    numbers: SegmentNumbers,
+    plan: BlockPlan,
+    gradient: Gradient,
+    split: Split,
+    groups: Groups,
+    options: StepOptions,
+    prices: Prices,
+    seconds: tuple[float, ...],
+) -> UnitCost:
+    """Cost of one instance. `seconds`: of each op of the segment in order, the work already split."""
+    segment = numbers.segment
+    policy = segment_policy(segment, plan.recompute)
+    head = segment.logits is not None and options.loss_head is LossHead.CHUNKED
+    gather = _gather(segment, groups, options, prices)
+    reduce, reduce_last = _reductions(segment, gradient, groups, options, prices)
+    forward = _forward(numbers, split, groups, prices, seconds)
+    again = _recompute(numbers, policy, split, groups, prices, seconds) if gradient.any else ()
+    backward = _backward(numbers, gradient, split, groups, prices, seconds)
+    slowdown = prices.hardware.contention_factor
+    forward, forward_window = step_chain.contend(forward, gather, slowdown)
+    backward, backward_window = step_chain.contend(backward, (gather if plan.reshard else ()) + reduce, slowdown)
+    memory = _memory(numbers, plan, policy, gradient, split, groups, options, chunked=head)
+    host_seconds = prices.host_copy(memory.host) if memory.host > 0 else 0.0
+    return UnitCost(
+        name=segment.name,
+        block=segment.block,
+        forward=forward,
+        backward=again + backward,
+        forward_window=forward_window,
+        backward_window=len(again) + backward_window,
+        gather=gather,
+        regather=plan.reshard and gradient.any,
+        reduce=reduce,
+        reduce_last=reduce_last,
+        host_seconds=host_seconds,
+        memory=memory,
+    )
+
+
+def segment_policy(segment: Segment, policy: Recompute) -> Recompute:
+    """Recompute applies to what repeats; an embedding has nothing to recompute and the head has `LossHead`."""
+    return Recompute.NONE if segment.role in ("embed", "head") else policy
+
+
+def op_seconds(numbers: SegmentNumbers, split: Split, ep: int, chunked: bool, prices: Prices) -> tuple[float, ...]:
+    """Seconds of every op of a segment; in a chunked loss head as that many smaller ops, never faster than whole."""
+    whole = tuple(prices.op(op, split, ep) for op in numbers.ops)
+    if not chunked:
+        return whole
+    chunks = max(1, math.ceil(numbers.logit_rows / split.tokens / LOSS_CHUNK_ROWS))
+    smaller = Split(split.tokens * chunks, split.heads)
+    return tuple(max(w, chunks * prices.op(op, smaller, ep)) for w, op in zip(whole, numbers.ops))
+
+
+def _forward(
+    numbers: SegmentNumbers, split: Split, groups: Groups, prices: Prices, seconds: tuple[float, ...]
+) -> Chain:
+    ops, times = step_chain.pick(step_chain.forward_indices(numbers), numbers, seconds)
+    return step_chain.op_chain(ops, times, split, groups, prices, "compute")
+
+
+def _recompute(
+    numbers: SegmentNumbers,
+    policy: Recompute,
+    split: Split,
+    groups: Groups,
+    prices: Prices,
+    seconds: tuple[float, ...],
+) -> Chain:
+    ops, times = step_chain.pick(step_chain.recompute_indices(numbers, policy), numbers, seconds)
+    return step_chain.op_chain(ops, times, split, groups, prices, "recompute")
+
+
+def _backward(
+    numbers: SegmentNumbers,
+    gradient: Gradient,
+    split: Split,
+    groups: Groups,
+    prices: Prices,
+    seconds: tuple[float, ...],
+) -> Chain:
+    ops, times = step_chain.pick(step_chain.backward_indices(numbers, gradient), numbers, seconds)
+    return step_chain.op_chain(ops, times, split, groups, prices, "compute")
+
+
+def all_params(segment: Segment) -> tuple[int, int]:
+    """(dense, expert) parameters that one instance reads, shared ones included."""
+    expert = sum(p.numel for p in segment.params if p.expert)
+    return sum(p.numel for p in segment.params) - expert, expert
+
+
+def _gather(segment: Segment, groups: Groups, options: StepOptions, prices: Prices) -> Chain:
+    dense, expert = all_params(segment)
+    local_experts = expert / groups.experts.size
+    return prices.collective("all_gather", dense * options.param_bytes, groups.shard) + prices.collective(
+        "all_gather", local_experts * options.param_bytes, groups.expert_shard
+    )
+
+
+def _reductions(
+    segment: Segment, gradient: Gradient, groups: Groups, options: StepOptions, prices: Prices
+) -> tuple[Chain, Chain]:
+    """Gradient reductions of an ordinary micro-step and of the last one, which also sums over replicas."""
+    if not gradient.weight:
+        return (), ()
+    dense, expert = all_params(segment)
+    dense_bytes, expert_bytes = dense * options.reduce_bytes, expert / groups.experts.size * options.reduce_bytes
+    scatter = prices.collective("reduce_scatter", dense_bytes, groups.shard) + prices.collective(
+        "reduce_scatter", expert_bytes, groups.expert_shard
+    )
+    replicas = prices.collective("all_reduce", dense_bytes / groups.shard.size, groups.replica) + prices.collective(
+        "all_reduce", expert_bytes / groups.expert_shard.size, groups.expert_replica
+    )
+    return scatter, scatter + replicas
+
+
+def _memory(
+    numbers: SegmentNumbers,
+    plan: BlockPlan,
+    policy: Recompute,
+    gradient: Gradient,
+    split: Split,
+    groups: Groups,
+    options: StepOptions,
+    *,
+    chunked: bool,
+) -> UnitMemory:
+    segment = numbers.segment
+    saved_by = numbers.saved if gradient.weight else numbers.saved_frozen
+    saved = saved_by[policy] / split.tokens if gradient.any else 0.0
+    everything = saved_by[Recompute.NONE] / split.tokens if gradient.any else 0.0
+    forward_peak, backward_peak = numbers.forward_peak / split.tokens, numbers.backward_peak / split.tokens
+    if chunked and segment.logits is not None:
+        # Input gradients are computed with the loss, so nothing but them waits for the backward.
+        saved = everything = numbers.input_bytes / split.tokens if gradient.any else 0.0
+        rows = min(LOSS_CHUNK_ROWS, numbers.logit_rows / split.tokens)
+        forward_peak = backward_peak = rows * segment.logits[1] * LOGIT_BYTES
+    recomputed = max(0.0, everything - saved)
+    host = saved if plan.offload and segment.role not in ("embed", "head") else 0.0
+    dense, expert = all_params(segment)
+    local = dense + expert / groups.experts.size
+    resident = plan.sharding is Sharding.REPLICATE or (groups.shard.trivial and groups.expert_shard.trivial)
+    return UnitMemory(
+        gathered=0.0 if resident else local * options.param_bytes,
+        saved=saved - host,
+        host=host,
+        recomputed=recomputed,
+        forward_peak=forward_peak,
+        backward_peak=backward_peak,
+        exchange=_exchange_buffers(numbers, split, groups),
+        weight_gradient=local * options.param_bytes if gradient.weight else 0.0,
+        reducing=local * options.reduce_bytes if gradient.weight and not resident else 0.0,
+    )
+
+
+def _exchange_buffers(numbers: SegmentNumbers, split: Split, groups: Groups) -> float:
+    """Send and receive buffers of the largest all-to-all."""
+    largest = 0.0
+    for op in numbers.ops:
+        if op.op.attention is not None and split.heads > 1:
+            largest = max(largest, *step_chain.attention_exchange_bytes(op, split.heads))
+        elif op.op.kind is OpKind.GROUPED_GEMM and op.op.experts is not None and not groups.experts.trivial:
+            largest = max(largest, step_chain.expert_exchange_bytes(op, split))
+    return 2 * largest
+
+
+def edge_pieces(nbytes: float, groups: Groups, backward: bool, prices: Prices) -> Chain:
+    """Encoder output that is spread over SP ranks, brought to the ranks that hold its places in the sequence."""
+    return prices.collective("reduce_scatter" if backward else "all_gather", nbytes, groups.sequence)
+
+
