@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from dataclasses import dataclass, field
 
+import torch
 from torch import fx
 
 from omnicompile.capture.repeats import LayerKind
@@ -41,7 +42,8 @@ def modality_of_input(name: str) -> str:
 
 @dataclass
 class Region:
-    """Nodes that become one segment. `kind`: the layer kind, or None for what lies outside layers."""
+    """Nodes that become one segment. `kind`: the layer kind, or None for what lies outside layers; calls that stand for
+    a repeat are not among a kind's nodes."""
 
     name: str
     block: str
@@ -68,10 +70,19 @@ def node_path(node: fx.Node) -> str:
     return path.removeprefix("L['self'].").removeprefix("model").removeprefix(".")
 
 
+def is_repeat(node: fx.Node) -> bool:
+    """True for a call that stands for a repeated layer, and for the results taken from it."""
+    if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+        return is_repeat(node.args[0])
+    return node.target is torch.ops.omnicompile.repeated_layer.default
+
+
 def _layer_of(node: fx.Node, traced: dict[str, LayerKind]) -> LayerKind | None:
     """The innermost traced layer that the node was traced in."""
-    if str(node.target) == "omnicompile.repeated_layer.default":
-        index = node.args[2]
+    if is_repeat(node):
+        call = node.args[0] if node.target is operator.getitem else node
+        assert isinstance(call, fx.Node)
+        index = call.args[2]
         return next(kind for kind in traced.values() if kind.index == index)
     path = node_path(node)
     while path:
@@ -163,7 +174,7 @@ def find_regions(traced: TracedForward) -> Regions:
     for block, members in outside.items():
         regions += _cut_outside(nodes, block, members, of_node)
     for node in nodes:
-        if node in of_node:
+        if node in of_node and not is_repeat(node):
             of_node[node].nodes.append(node)
     ordered = _execution_order(regions, nodes, of_node)
     blocks = list(dict.fromkeys(r.block for r in ordered))
@@ -173,7 +184,9 @@ def find_regions(traced: TracedForward) -> Regions:
 
 
 
-def _cut_outside(nodes: list[fx.Node], block: str, members: list[fx.Node], of_node: dict[fx.Node, Region]) -> list[Region]:
+def _cut_outside(
+    nodes: list[fx.Node], block: str, members: list[fx.Node], of_node: dict[fx.Node, Region]
+) -> list[Region]:
     """What lies outside the layers of a block: before them (embedding), after them (projector or head), or between."""
     layers = {n for n, r in of_node.items() if r.kind is not None and r.block == block}
     loss = {n for out in nodes if out.op == "output" for n in out.all_input_nodes}
