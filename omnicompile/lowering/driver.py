@@ -1,0 +1,148 @@
+"""From a captured forward and a plan to the program of one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from omnicompile.errors import LoweringError
+from omnicompile.lowering.graph_capture import CapturedForward
+from omnicompile.lowering.placing import assign_blocks, token_dim
+from omnicompile.passes.rank_program import InputSpec, ParamSpec, RankProgram
+from omnicompile.plan import Plan
+
+Lower = Callable[[RankProgram], RankProgram]
+
+
+@dataclass(frozen=True)
+class MasterWeights:
+    """dtype: what is stored and optimized. frozen: names of parameters that are not trained."""
+
+    dtype: torch.dtype | None = torch.float32
+    frozen: frozenset[str] = frozenset()
+
+
+def default_lower(program: RankProgram) -> RankProgram:
+    from omnicompile.passes import lower_forward
+
+    return lower_forward(program)
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """The torch dtype called `name` ("bfloat16"). Raises LoweringError for another word."""
+    value = vars(torch).get(name)
+    if not isinstance(value, torch.dtype):
+        raise LoweringError(f"the plan names a dtype {name!r}, which torch does not have")
+    return value
+
+
+def with_outputs(captured: CapturedForward, names: Collection[str]) -> CapturedForward:
+    """The same forward, computing only the outputs in `names`, in that order."""
+    graph = fx.Graph()
+    memo: dict[fx.Node, fx.Node] = {}
+    values = graph.graph_copy(captured.gm.graph, memo)
+    assert isinstance(values, tuple | list)
+    graph.output(tuple(values[captured.outputs.index(name)] for name in names))
+    for old, new in memo.items():
+        new.meta = dict(old.meta)
+    graph.eliminate_dead_code()
+    return CapturedForward(
+        fx.GraphModule(captured.gm, graph),
+        captured.params,
+        captured.buffers,
+        captured.constants,
+        captured.inputs,
+        captured.host,
+        tuple(names),
+    )
+
+
+def rank_program(
+    captured: CapturedForward,
+    plan: Plan,
+    requires_grad: Mapping[str, bool],
+    lengths: Collection[int],
+    stored: torch.dtype,
+    block_paths: dict[str, str] | None = None,
+) -> RankProgram:
+    """What the passes start from: every placeholder whole.
+
+    requires_grad: by parameter name. lengths: sizes that count tokens or patches. stored: dtype of the master weights.
+    """
+    assign_blocks(captured.gm, plan.blocks, block_paths or {})
+    nodes = {node.name: node for node in captured.gm.graph.find_nodes(op="placeholder")}
+    params = {}
+    for placeholder, name in captured.params.items():
+        node = nodes[placeholder]
+        block = plan.blocks.get(node.meta["block"])
+        trainable = requires_grad[name] and not (block is not None and block.frozen)
+        value: Tensor = node.meta["val"]
+        dtype = stored if value.is_floating_point() else value.dtype
+        params[placeholder] = ParamSpec(name, tuple(value.shape), trainable, dtype)
+    inputs = {p: InputSpec(name, "buffer") for p, name in captured.buffers.items()}
+    inputs |= {p: InputSpec(f"constant:{p}", "buffer") for p in captured.constants}
+    for placeholder, name in captured.inputs.items():
+        inputs[placeholder] = InputSpec(name, "input", token_dim(nodes[placeholder].meta["val"], lengths))
+    for placeholder in captured.host:
+        inputs[placeholder] = InputSpec(placeholder, "host", token_dim(nodes[placeholder].meta["val"], lengths))
+    compute = dtype_named(plan.param_dtype)
+    return RankProgram(
+        gm=captured.gm,
+        mesh=plan.mesh,
+        blocks=dict(plan.blocks),
+        params=params,
+        inputs=inputs,
+        param_dtype=None if compute == stored else compute,
+        reduce_dtype=dtype_named(plan.reduce_dtype),
+    )
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Counts the target tokens of a batch: the graph's own computation of the loss's targets, cut out."""
+
+    gm: fx.GraphModule
+    names: tuple[str, ...]
+    ignore: int
+
+    def count(self, values: Mapping[str, Tensor]) -> int:
+        targets = self.gm(*(values[name] for name in self.names))
+        return int((targets != self.ignore).sum())
+
+
+def find_targets(captured: CapturedForward) -> Targets | None:
+    """The targets of the graph's one cross-entropy; None if the loss is another, which then is not normalised globally."""
+    loss = torch.ops.aten.cross_entropy_loss.default
+    found = [n for n in captured.gm.graph.nodes if n.target is loss]
+    if len(found) != 1:
+        return None
+    node = found[0]
+    ignore = node.args[4] if len(node.args) > 4 else -100
+    graph = fx.Graph()
+    memo: dict[fx.Node, fx.Node] = {}
+    needed = _ancestors(node.args[1])
+    names: list[str] = []
+    for item in captured.gm.graph.nodes:
+        if item not in needed:
+            continue
+        if item.op == "placeholder":
+            if item.name not in captured.host:
+                return None
+            names.append(item.name)
+        memo[item] = graph.node_copy(item, lambda x: memo[x])
+    graph.output(memo[node.args[1]])
+    return Targets(fx.GraphModule(captured.gm, graph), tuple(names), int(ignore))
+
+
+def _ancestors(node: fx.Node) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    stack = [node]
+    while stack:
+        item = stack.pop()
+        if item not in found:
+            found.add(item)
+            stack += item.all_input_nodes
+    return found

@@ -1,0 +1,182 @@
+"""What a ParallelModule runs: captured, lowered and loaded programs, one for each kind of batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from omnicompile.errors import LoweringError
+from omnicompile.lowering.driver import (
+    Lower,
+    Targets,
+    dtype_named,
+    find_targets,
+    rank_program,
+    with_outputs,
+)
+from omnicompile.lowering.graph_capture import CapturedForward, LoweredInputs, capture_forward
+from omnicompile.lowering.host_program import is_host_input
+from omnicompile.passes.placement import Partial, Replicate, Shard
+from omnicompile.passes.rank_program import DATA_AXES, RankProgram, bind_groups
+from omnicompile.plan import Plan
+from omnicompile.runtime.agreement import require_same
+from omnicompile.runtime.mesh import RuntimeMesh
+
+LABELS = "labels"
+
+
+@dataclass
+class Capture:
+    """A captured forward for one kind of batch."""
+
+    forward: CapturedForward
+    inputs: LoweredInputs
+    targets: Targets | None
+
+
+@dataclass
+class LoadedProgram:
+    """A lowered forward with its groups bound, on its device. order: placeholders; fixed: those that never change."""
+
+    program: RankProgram
+    order: tuple[str, ...]
+    fixed: dict[str, Tensor]
+    function: Callable[..., tuple[Tensor, ...]]
+
+    def run(self, values: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """values: by placeholder; params: local shards by the model's names."""
+        specs = self.program.params
+        arguments = []
+        for name in self.order:
+            if name in specs:
+                arguments.append(params[specs[name].name])
+            else:
+                arguments.append(self.fixed[name] if name in self.fixed else values[name])
+        return self.function(*arguments)
+
+    @property
+    def count_names(self) -> list[str]:
+        return [name for name, spec in self.program.inputs.items() if spec.kind == "count"]
+
+
+def batch_signature(batch: Mapping[str, Any], training: bool) -> str:
+    """What decides the graph of a batch: names, shapes and dtypes of float tensors, shapes of token ids, plain values."""
+    lines = [f"training {training}"]
+    for name in sorted(batch):
+        value = batch[name]
+        if isinstance(value, Tensor):
+            shape = "" if is_host_input(value) and value.dim() != 2 else str(tuple(value.shape))
+            shape = "" if name.endswith("thw") else shape
+            lines.append(f"{name} {value.dtype} {shape}")
+        else:
+            lines.append(f"{name} {value!r}")
+    return "\n".join(lines)
+
+
+class Engine:
+    """Captures and lowers `model` for the batches that come, under one plan on one mesh.
+
+    compile: turns a bound graph module into what is called. lower: the passes (tests give their own).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        mesh: RuntimeMesh,
+        lower: Lower,
+        compile: Callable[[LoadedProgram], Callable[..., tuple[Tensor, ...]]],
+        stored: torch.dtype,
+        segments: int,
+        block_paths: dict[str, str] | None = None,
+    ) -> None:
+        self.model, self.plan, self.mesh = model, plan, mesh
+        self._lower, self._compile, self._stored, self._segments = lower, compile, stored, segments
+        self._block_paths = block_paths
+        self._captures: dict[str, Capture] = {}
+        self._programs: dict[tuple[str, bool], LoadedProgram] = {}
+
+    def capture(self, batch: Mapping[str, Any], signature: str) -> Capture:
+        if signature not in self._captures:
+            forward, inputs = capture_forward(self.model, batch, self._segments, dtype_named(self.plan.param_dtype))
+            if "loss" not in forward.outputs:
+                raise LoweringError("the model returned no loss: give it `labels`, or wrap it to return a scalar loss")
+            self._captures[signature] = Capture(forward, inputs, find_targets(forward))
+        return self._captures[signature]
+
+    def program(self, batch: Mapping[str, Any], signature: str, logits: bool) -> LoadedProgram:
+        """The loaded program for this kind of batch; all ranks must ask for the same one together."""
+        key = (signature, logits)
+        if key not in self._programs:
+            capture = self.capture(batch, signature)
+            wanted = ("loss", "logits") if logits else ("loss",)
+            forward = with_outputs(capture.forward, wanted)
+            requires_grad = {name: p.requires_grad for name, p in self.model.named_parameters()}
+            initial = rank_program(forward, self.plan, requires_grad, _lengths(batch), self._stored, self._block_paths)
+            lowered = self._lower(initial)
+            require_same({"lowered graph": lowered.gm.code}, self.mesh.control)
+            self._programs[key] = self._load(lowered, capture.forward)
+        return self._programs[key]
+
+    def _load(self, lowered: RankProgram, forward: CapturedForward) -> LoadedProgram:
+        bind_groups(lowered.gm, self.mesh.names(lowered.groups))
+        move_to(lowered, self.mesh.device)
+        buffers = dict(self.model.named_buffers())
+        fixed: dict[str, Tensor] = {}
+        for placeholder, spec in lowered.inputs.items():
+            if spec.kind == "rank":
+                fixed[placeholder] = torch.tensor(self.mesh.coordinate(spec.name), dtype=torch.int64)
+            elif spec.kind == "buffer":
+                constant = forward.constants.get(placeholder)
+                fixed[placeholder] = buffers[spec.name] if constant is None else constant
+        fixed = {name: value.to(self.mesh.device) for name, value in fixed.items()}
+        order = tuple(node.name for node in lowered.gm.graph.find_nodes(op="placeholder"))
+        loaded = LoadedProgram(lowered, order, fixed, lowered.gm)
+        loaded.function = self._compile(loaded)
+        return loaded
+
+    def whole_output(self, loaded: LoadedProgram, index: int, value: Tensor) -> Tensor:
+        """An output of one micro-batch, put together from the sp ranks (a collective over them)."""
+        placement, sp = loaded.program.outputs[index], self.mesh.group("sp")
+        if isinstance(placement, Replicate) or self.mesh.size("sp") == 1:
+            return value
+        value = value.contiguous()
+        if isinstance(placement, Partial):
+            dist.all_reduce(value, group=sp)
+            return value
+        assert isinstance(placement, Shard)
+        parts = [torch.empty_like(value) for _ in range(self.mesh.size("sp"))]
+        dist.all_gather(parts, value, group=sp)
+        dim, outer = placement.dim, placement.outer
+        parts = [part.unflatten(dim, (outer, part.shape[dim] // outer)) for part in parts]
+        return torch.cat(parts, dim + 1).flatten(dim, dim + 1)
+
+    def reduce_loss(self, local: Tensor) -> Tensor:
+        total = local.detach().clone()
+        dist.all_reduce(total, group=self.mesh.group(DATA_AXES))
+        return total
+
+
+def _lengths(batch: Mapping[str, Any]) -> set[int]:
+    """Sizes that count tokens or patches: the last of two-dimensional ids, the first of feature rows."""
+    lengths: set[int] = set()
+    for value in batch.values():
+        if isinstance(value, Tensor) and value.dim() == 2:
+            lengths.add(value.shape[1] if is_host_input(value) else value.shape[0])
+    return {size for size in lengths if size > 3}
+
+
+def move_to(program: RankProgram, device: torch.device) -> None:
+    """The graph was captured on the CPU: tensors that it makes, it shall make on `device`."""
+    if device.type == "cpu":
+        return
+    for node in program.gm.graph.nodes:
+        if node.op == "call_function" and any(isinstance(x, torch.device) for x in [*node.args, *node.kwargs.values()]):
+            node.args = tuple(device if isinstance(x, torch.device) else x for x in node.args)
+            node.kwargs = {k: device if isinstance(x, torch.device) else x for k, x in node.kwargs.items()}
+    program.gm.recompile()

@@ -1,0 +1,216 @@
+"""The module that `parallelize` returns: the model, distributed, under the ordinary training loop."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from omnicompile.errors import InputError
+from omnicompile.lowering.host_program import is_host_input
+from omnicompile.passes.rank_program import ParamSpec
+from omnicompile.runtime.agreement import step_agreement
+from omnicompile.runtime.engine import LABELS, Engine, LoadedProgram, batch_signature
+from omnicompile.runtime.parameters import ParameterStore, add_parameter, clip_grad_norm
+
+
+@dataclass
+class Window:
+    """The accumulation window that a forward belongs to. last: gradients are reduced over replicas after this one.
+    targets: target tokens of the whole window over all ranks; None: those of this micro-step."""
+
+    last: bool = True
+    targets: int | None = None
+
+
+class Output:
+    """loss: the loss of the global batch, equal on all ranks; its backward gives every gradient. logits: of this rank's
+    micro-batch, computed when asked for (all ranks must ask together), without gradient."""
+
+    def __init__(self, loss: Tensor, logits: Any) -> None:
+        self.loss = loss
+        self._logits = logits
+
+    @property
+    def logits(self) -> Tensor:
+        return self._logits()
+
+    def __getitem__(self, key: str | int) -> Tensor:
+        if key in ("loss", 0):
+            return self.loss
+        if key in ("logits", 1):
+            return self.logits
+        raise KeyError(key)
+
+
+@dataclass
+class _Call:
+    """One forward: the program, its inputs on the device, and the local shards that it runs on."""
+
+    module: ParallelModule
+    loaded: LoadedProgram
+    values: dict[str, Tensor]
+    window: Window
+
+
+class _Step(torch.autograd.Function):
+    """The forward of one rank's program; the backward gives gradients of the local shards."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, *params: Tensor) -> Tensor:
+        names = list(call.module.store.local)
+        leaves = [p.detach().requires_grad_(p.requires_grad) for p in params]
+        with torch.enable_grad():
+            local, *_ = call.loaded.run(call.values, dict(zip(names, leaves)))
+        ctx.call, ctx.local, ctx.leaves = call, local, leaves
+        return call.module.engine.reduce_loss(local)
+
+    @staticmethod
+    def backward(ctx: Any, seed: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        trained = [leaf for leaf in ctx.leaves if leaf.requires_grad]
+        found = torch.autograd.grad(ctx.local, trained, seed.to(ctx.local.dtype), allow_unused=True)
+        ctx.local = None
+        by_leaf = {id(leaf): grad for leaf, grad in zip(trained, found)}
+        grads = [by_leaf.get(id(leaf)) for leaf in ctx.leaves]
+        return None, *ctx.call.module.reduce_gradients(grads, ctx.call.window)
+
+
+class ParallelModule(nn.Module):
+    """The model under a plan. Parameters are this rank's shards, under the model's own names.
+
+    Every rank calls it with its own micro-batch; ranks of one sp group with the same one. The loss is that of the global
+    batch, normalised by its target tokens.
+    """
+
+    def __init__(self, engine: Engine, specs: Mapping[str, ParamSpec], full: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.engine = engine
+        self.store = ParameterStore(engine.mesh, specs)
+        self.store.fill(full)
+        for name, parameter in self.store.local.items():
+            add_parameter(self, name, parameter)
+        self._window = Window()
+        self._pending: dict[str, Tensor] = {}
+
+    def forward(self, **batch: Any) -> Output:
+        batch = self._with_labels(batch)
+        loaded, values = self._prepare(batch, logits=False)
+        call = _Call(self, loaded, values, self._window)
+        params = list(self.store.local.values())
+        if torch.is_grad_enabled():
+            loss = _Step.apply(call, *params)
+        else:
+            loss = self.engine.reduce_loss(loaded.run(values, self.store.local)[0])
+        versions = sum(p._version for p in params)
+        return Output(loss, lambda: self._logits(batch, versions))
+
+    def _with_labels(self, batch: dict[str, Any]) -> dict[str, Any]:
+        if batch.get(LABELS) is None and "input_ids" in batch and not torch.is_grad_enabled():
+            return batch | {LABELS: batch["input_ids"]}
+        return batch
+
+    def _prepare(self, batch: Mapping[str, Any], logits: bool) -> tuple[LoadedProgram, dict[str, Tensor]]:
+        """The program for this batch and its inputs, after all ranks have agreed on them."""
+        engine = self.engine
+        signature = batch_signature(batch, self.training)
+        count, values, error = 0, {}, None
+        try:
+            capture = engine.capture(batch, signature)
+            values = capture.inputs.prepare(batch)
+            count = capture.targets.count(values) if capture.targets is not None else 0
+        except Exception as failure:
+            error = failure
+        total = step_agreement(count, signature, error, engine.mesh.control) // engine.mesh.mesh.sp
+        loaded = engine.program(batch, signature, logits)
+        values = {name: value.to(engine.mesh.device, non_blocking=True) for name, value in values.items()}
+        targets = total if self._window.targets is None else self._window.targets
+        for name in loaded.count_names:
+            values[name] = torch.tensor(float(targets), dtype=torch.float32).to(engine.mesh.device)
+        return loaded, values
+
+    def _logits(self, batch: Mapping[str, Any], versions: int) -> Tensor:
+        if sum(p._version for p in self.store.local.values()) != versions:
+            raise InputError("logits are computed when asked for, and the parameters have changed since this forward")
+        with torch.no_grad():
+            loaded, values = self._prepare(batch, logits=True)
+            return self.engine.whole_output(loaded, 1, loaded.run(values, self.store.local)[1])
+
+    def count_targets(self, batches: Sequence[Mapping[str, Any]]) -> int:
+        """Target tokens of these micro-batches over all ranks: `targets` of an accumulation window (a collective)."""
+        count = 0
+        for batch in batches:
+            capture = self.engine.capture(batch, batch_signature(batch, self.training))
+            if capture.targets is not None:
+                count += capture.targets.count(capture.inputs.prepare(batch))
+        total = torch.tensor([count], dtype=torch.int64)
+        dist.all_reduce(total, group=self.engine.mesh.control)
+        return int(total.item()) // self.engine.mesh.mesh.sp
+
+    @contextlib.contextmanager
+    def accumulate(self, last: bool, targets: int | None = None) -> Iterator[None]:
+        """Forwards inside are one micro-step of an accumulation window, `last` the one before the optimizer's step.
+
+        targets: `count_targets` of the window; every micro-step's loss is then its share of the window's, and the sum of
+        their gradients is the window's. Without it scale the losses as with any module.
+        """
+        before = self._window
+        self._window = Window(last, targets)
+        try:
+            yield
+        finally:
+            self._window = before
+
+    def reduce_gradients(self, grads: list[Tensor | None], window: Window) -> list[Tensor | None]:
+        """Sum gradients over the ranks that hold the same shard; before the last micro-step they are kept instead."""
+        result: list[Tensor | None] = []
+        wanted: dict[tuple[tuple[str, ...], torch.dtype], list[Tensor]] = {}
+        for (name, spec), grad in zip(self.store.specs.items(), grads):
+            if not spec.reduce_axes or grad is None:
+                result.append(grad)
+                continue
+            kept = self._pending.pop(name, None)
+            grad = grad if kept is None else grad + kept
+            if window.last:
+                grad = grad.contiguous()
+                wanted.setdefault((spec.reduce_axes, grad.dtype), []).append(grad)
+            else:
+                self._pending[name] = grad
+            result.append(grad if window.last else None)
+        for (axes, _), tensors in wanted.items():
+            self._all_reduce(axes, tensors)
+        return result
+
+    def _all_reduce(self, axes: tuple[str, ...], tensors: list[Tensor]) -> None:
+        flat = torch.cat([t.reshape(-1) for t in tensors])
+        for name in axes:
+            dist.all_reduce(flat, group=self.engine.mesh.group(name))
+        for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors])):
+            tensor.copy_(part.view_as(tensor))
+
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """As torch.nn.utils.clip_grad_norm_, over the parameters of all ranks. Returns the norm before clipping."""
+        return clip_grad_norm(self.store, max_norm)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Whole-shape DTensors by the model's own names."""
+        return self.store.state_dict()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Values as `state_dict` gives them, or whole tensors."""
+        self.store.load(state_dict, strict)
+        return torch.nn.modules.module._IncompatibleKeys([], [])
+
+    def full_gradient(self, name: str) -> Tensor | None:
+        """The whole gradient of a parameter on every rank (a collective); for checks at small sizes."""
+        grad = self.store.local[name].grad
+        return None if grad is None else self.store.full(name, grad)
+
+
+def to_host(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Metadata of a batch is computed with on the host."""
+    return {k: v.cpu() if is_host_input(v) else v for k, v in batch.items()}

@@ -1,0 +1,131 @@
+"""A model's parameters as this rank stores them, under the model's own names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Placement, Shard
+
+from omnicompile.errors import InputError, LoweringError
+from omnicompile.passes.rank_program import ParamSpec
+from omnicompile.runtime.mesh import RuntimeMesh
+
+
+class _Branch(nn.Module):
+    """A node of the tree that gives parameters their dotted names."""
+
+
+def add_parameter(root: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Register `parameter` as `name` ("a.b.c") below `root`."""
+    *path, leaf = name.split(".")
+    module = root
+    for part in path:
+        children = dict(module.named_children())
+        if part not in children:
+            module.add_module(part, _Branch())
+        module = module.get_submodule(part)
+    module.register_parameter(leaf, parameter)
+
+
+class ParameterStore:
+    """Local shards by model name, with their specs. master: dtype of the stored values (the optimizer sees these)."""
+
+    def __init__(self, mesh: RuntimeMesh, specs: Mapping[str, ParamSpec]) -> None:
+        self.mesh = mesh
+        self.specs = {spec.name: spec for spec in specs.values()}
+        self.local: dict[str, nn.Parameter] = {}
+
+    def fill(self, full: Mapping[str, Tensor]) -> None:
+        """Take this rank's shards of whole parameters. Raises LoweringError for one that has no values."""
+        for name, spec in self.specs.items():
+            value = full[name]
+            if value.device.type == "meta":
+                raise LoweringError(
+                    f"parameter {name} is on the meta device: give the model weights before parallelize"
+                )
+            shard = spec.local_of(value.detach(), self.mesh.mesh, self.mesh.rank)
+            shard = shard.to(device=self.mesh.device, dtype=spec.dtype)
+            self.local[name] = nn.Parameter(shard, requires_grad=spec.trainable)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Whole-shape DTensors over the local shards (plain tensors where nothing is cut), by the model's names."""
+        return {name: self.as_dtensor(name, value.detach()) for name, value in self.local.items()}
+
+    def as_dtensor(self, name: str, local: Tensor) -> Tensor:
+        """`local` (a shard of parameter `name`, its gradient or an optimizer moment) as a DTensor of the whole shape."""
+        spec = self.specs[name]
+        if not spec.shards:
+            return local
+        device_mesh = self.mesh.device_mesh(tuple(shard.axes for shard in spec.shards))
+        placements: list[Placement] = [Shard(shard.dim) for shard in spec.shards]
+        stride = torch.empty(spec.shape, device="meta").stride()
+        return DTensor.from_local(
+            self._unpadded(spec, local),
+            device_mesh,
+            placements,
+            run_check=False,
+            shape=torch.Size(spec.shape),
+            stride=stride,
+        )
+
+    def _unpadded(self, spec: ParamSpec, local: Tensor) -> Tensor:
+        """DTensor keeps no padding: the last ranks of an uneven dimension hold less."""
+        sizes = list(spec.shape)
+        for shard in spec.shards:
+            chunk = -(-sizes[shard.dim] // self.mesh.size(shard.axes))
+            kept = max(0, min(chunk, sizes[shard.dim] - self.mesh.coordinate(shard.axes) * chunk))
+            local = local.narrow(shard.dim, 0, kept)
+            sizes[shard.dim] = chunk
+        return local
+
+    def load(self, state: Mapping[str, Tensor], strict: bool = True) -> None:
+        """Copy from whole tensors or DTensors by the model's names. Raises InputError naming what does not fit."""
+        missing = [name for name in self.specs if name not in state]
+        extra = [name for name in state if name not in self.specs]
+        if strict and (missing or extra):
+            raise InputError(f"state dict does not fit the model: missing {missing[:5]}, unexpected {extra[:5]}")
+        for name, spec in self.specs.items():
+            if name in state:
+                self._load_one(name, spec, state[name])
+
+    def _load_one(self, name: str, spec: ParamSpec, value: Tensor) -> None:
+        full = value.full_tensor() if isinstance(value, DTensor) else value
+        if tuple(full.shape) != spec.shape:
+            raise InputError(f"state dict has {name} of shape {list(full.shape)}, the model {list(spec.shape)}")
+        with torch.no_grad():
+            self.local[name].copy_(spec.local_of(full, self.mesh.mesh, self.mesh.rank))
+
+    def full(self, name: str, local: Tensor) -> Tensor:
+        """The whole tensor that `local` is a shard of, on every rank (a collective)."""
+        value = self.as_dtensor(name, local.detach())
+        return value.full_tensor() if isinstance(value, DTensor) else value
+
+    def gradient_groups(self) -> Iterator[tuple[tuple[str, ...], list[str]]]:
+        """Parameters by the groups that their squared gradient norms have to be summed over."""
+        found: dict[tuple[str, ...], list[str]] = {}
+        for name, spec in self.specs.items():
+            if spec.trainable:
+                found.setdefault(tuple(shard.axes for shard in spec.shards), []).append(name)
+        yield from sorted(found.items())
+
+
+def clip_grad_norm(store: ParameterStore, max_norm: float) -> Tensor:
+    """Scale gradients so that the norm over all parameters of all ranks is at most `max_norm`; returns that norm."""
+    device = store.mesh.device
+    total = torch.zeros((), dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)
+    grads: list[Tensor] = []
+    for axes, names in store.gradient_groups():
+        found = [g for name in names if (g := store.local[name].grad) is not None]
+        square = sum((g.to(total.dtype).square().sum() for g in found), torch.zeros_like(total))
+        for name in axes:
+            dist.all_reduce(square, group=store.mesh.group(name))
+        total = total + square
+        grads += found
+    norm = total.sqrt()
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for grad in grads:
+        grad.mul_(scale.to(grad.dtype))
+    return norm.to(torch.float32)

@@ -1,0 +1,57 @@
+"""The same interface over the plain model, for a single process."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+IGNORE = -100
+
+
+class PlainModule(nn.Module):
+    """What `parallelize` returns for one process: the model itself behind the interface of ParallelModule."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._model = (model,)  # in a tuple, so that parameters keep their names
+        for name, child in model.named_children():
+            self.add_module(name, child)
+        for name, parameter in model.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
+
+    def forward(self, **batch: Any) -> Any:
+        return self._model[0](**batch)
+
+    def train(self, mode: bool = True) -> PlainModule:
+        super().train(mode)
+        self._model[0].train(mode)
+        return self
+
+    def count_targets(self, batches: Sequence[Mapping[str, Any]]) -> int:
+        return sum(int((batch["labels"][..., 1:] != IGNORE).sum()) for batch in batches)
+
+    @contextlib.contextmanager
+    def accumulate(self, last: bool, targets: int | None = None) -> Iterator[None]:
+        if targets is not None:
+            raise NotImplementedError("one process: scale the losses of an accumulation window yourself")
+        yield
+
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        return nn.utils.clip_grad_norm_(self.parameters(), max_norm)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self._model[0].state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        return self._model[0].load_state_dict(state_dict, strict, assign)
+
+    def full_gradient(self, name: str) -> Tensor | None:
+        return dict(self._model[0].named_parameters())[name].grad
+
+
+def single_process() -> bool:
+    return not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1
