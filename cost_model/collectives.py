@@ -47,7 +47,7 @@ def collective_seconds(kind: str, nbytes: float, ranks: int, ranks_per_node: int
 def _ramped(volume: float, rate: float, nbytes: float, nodes: int, hw: Hardware) -> float:
     """`volume` bytes over a link of `rate`, slowed for a small message of `nbytes`."""
     constants = hw.collective
-    half = constants.ramp_bytes if nodes == 1 else constants.inter_ramp_bytes * nodes
+    half = constants.ramp_bytes if nodes == 1 else constants.inter_ramp_bytes
     return volume / rate * (1.0 + (half / nbytes) ** constants.ramp_power)
 
 
@@ -90,7 +90,10 @@ def _in_switch(nbytes: float, nodes: int, hw: Hardware) -> float:
 
 
 def _all_to_all(nbytes: float, ranks: int, local: int, nodes: int, hw: Hardware) -> float:
-    """Every pair at once: the part inside the node over NVLink beside the part that leaves it over one's own NIC."""
+    """Every pair at once: the part inside the node over NVLink beside the part that leaves it over one's own NIC.
+
+    A rank's own share is copied (read and written) in its memory.
+    """
     constants = hw.collective
     seconds = constants.base_seconds + (ranks - 1) * hw.intra_link.latency_seconds
     inside = nbytes * (local - 1) / ranks
@@ -99,4 +102,5 @@ def _all_to_all(nbytes: float, ranks: int, local: int, nodes: int, hw: Hardware)
         outside = nbytes * (ranks - local) / ranks
         transfer = max(transfer, outside / (constants.all_to_all_inter * hw.inter_link.bytes_per_second))
         seconds += hw.inter_link.latency_seconds
+    seconds += 2.0 * nbytes / ranks / (hw.memory_bandwidth * hw.memory_fraction)
     return seconds + _ramped(transfer, 1.0, nbytes, nodes, hw)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
@@ -35,19 +35,19 @@ class GemmEfficiency:
 
     max_fraction: of peak that a large GEMM sustains, by dtype.
     small_tile_fraction: speed of a 128x128 tile relative to a 256x128 one; each further halving costs it again.
-    k_overhead: prologue and epilogue of a tile, as extra length of the reduction dim.
+    store_fraction: of the time of writing the result that is not hidden behind the products.
     grouped_tokens: a grouped GEMM with M tokens per expert runs at M / (M + grouped_tokens) of a batched one.
     """
 
     max_fraction: Mapping[str, float] = field(hash=False)
     small_tile_fraction: float
-    k_overhead: float
+    store_fraction: float
     grouped_tokens: float
 
 
 @dataclass(frozen=True)
 class AttentionEfficiency:
-    """Constants of `kernels.attention_seconds`.
+    """Constants of `kernels.attention_seconds` for one implementation (FlashAttention-2, -3, ...).
 
     forward_fraction, backward_fraction: of peak for long sequences, by head dim (interpolated).
     forward_length, backward_length: segment length (tokens) at which non-causal attention runs at half of that.
@@ -72,7 +72,7 @@ class CollectiveEfficiency:
     inter: rings across nodes; all_to_all_intra, all_to_all_inter: all-to-all.
     base_seconds: launch and synchronization of any collective.
     ramp_bytes, ramp_power: message-size ramp, rate = full rate / (1 + (ramp_bytes / bytes) ** ramp_power).
-    inter_ramp_bytes: the same across nodes, times the number of nodes.
+    inter_ramp_bytes: the same across nodes.
     """
 
     ring: float
@@ -95,6 +95,8 @@ class Hardware:
     peak_flops: dense FLOP/s by dtype name ("float32" is without TF32, as PyTorch's default; "tfloat32" with).
     memory_bandwidth: bytes/s; memory_fraction of it is reached by streaming kernels.
     kernel_launch_seconds: floor of every kernel.
+    sustained_fraction: of the rates of short kernel benchmarks that GEMM and attention keep up through a training step.
+    attention: constants by implementation ("fa2", "fa3", ...); attention_kernel: the one assumed.
     contention_factor: relative slowdown of compute while a collective runs beside it (SMs and memory bandwidth shared).
     """
 
@@ -109,11 +111,13 @@ class Hardware:
     memory_fraction: float
     sm_count: int
     kernel_launch_seconds: float
+    sustained_fraction: float
     intra_link: Link
     inter_link: Link
     host_link: Link
     gemm: GemmEfficiency
-    attention: AttentionEfficiency
+    attention: Mapping[str, AttentionEfficiency] = field(hash=False)
+    attention_kernel: str
     collective: CollectiveEfficiency
     contention_factor: float
 
@@ -130,6 +134,17 @@ class Hardware:
         if name not in self.peak_flops:
             raise InputError(f"{self.name} has no rate for {dtype}: its file lists {', '.join(self.peak_flops)}")
         return name
+
+    @property
+    def flash(self) -> AttentionEfficiency:
+        """Constants of the attention implementation assumed."""
+        return self.attention[self.attention_kernel]
+
+    def with_attention_kernel(self, kernel: str) -> Hardware:
+        """The same machine running another attention implementation; InputError if the file has none of that name."""
+        if kernel not in self.attention:
+            raise InputError(f"{self.name} has no attention kernel {kernel!r}: its file lists {', '.join(self.attention)}")
+        return replace(self, attention_kernel=kernel)
 
     @property
     def usable_bytes(self) -> float:
@@ -183,7 +198,7 @@ def _read(path: Path) -> Hardware:
     absent = [dtype for dtype in hardware.peak_flops if dtype not in hardware.gemm.max_fraction]
     if absent:
         raise InputError(f"{path}: gemm.max_fraction lacks {', '.join(absent)}, which peak_flops lists")
-    return hardware
+    return hardware.with_attention_kernel(hardware.attention_kernel)
 
 
 def _build(kind: type[_T], data: object, path: str, prefix: str) -> _T:
@@ -202,8 +217,10 @@ def _build(kind: type[_T], data: object, path: str, prefix: str) -> _T:
 
 
 def _value(hint: Any, value: object, path: str, key: str) -> Any:
-    if hint in (Link, GemmEfficiency, AttentionEfficiency, CollectiveEfficiency):
+    if hint in (Link, GemmEfficiency, CollectiveEfficiency):
         return _build(hint, value, path, key + ".")
+    if hint == Mapping[str, AttentionEfficiency] and isinstance(value, dict):
+        return {name: _build(AttentionEfficiency, item, path, f"{key}.{name}.") for name, item in value.items()}
     if hint is str and isinstance(value, str):
         return value
     if hint is int and isinstance(value, int) and not isinstance(value, bool) and value > 0:

@@ -22,11 +22,12 @@ def gemm_seconds(m: float, n: float, k: float, batch: float, dtype: str, hw: Har
     if m <= 0 or n <= 0 or k <= 0 or batch <= 0:
         return 0.0
     key = hw.dtype_key(dtype)
-    seconds = _tiles_seconds(m, n, k, batch, key, hw)
     width = _BYTES.get(key, 2)
-    out_width = max(width, 2)
-    nbytes = batch * (width * k * (m + n) + out_width * m * n)
-    return max(seconds, nbytes / (hw.memory_bandwidth * hw.memory_fraction), hw.kernel_launch_seconds)
+    bandwidth = hw.memory_bandwidth * hw.memory_fraction
+    reading = batch * width * k * (m + n) / bandwidth
+    writing = batch * max(width, 2) * m * n / bandwidth
+    seconds = _tiles_seconds(m, n, k, batch, key, hw) + hw.gemm.store_fraction * writing
+    return max(seconds, reading + writing, hw.kernel_launch_seconds)
 
 
 def grouped_gemm_seconds(
@@ -60,7 +61,7 @@ def attention_seconds(
     """
     if pairs <= 0 or heads <= 0 or q_tokens <= 0:
         return 0.0
-    constants = hw.attention
+    constants = hw.flash
     if backward:
         flops = 2.0 * pairs * heads * (3.0 * head_dim + 2.0 * v_head_dim)
         fraction, half_length = constants.backward_fraction, constants.backward_length
@@ -72,7 +73,7 @@ def attention_seconds(
         half_length += constants.causal_length
     blocks = heads * max(1.0, q_tokens / _QUERY_BLOCK)
     length = pairs / q_tokens
-    rate = hw.peak(dtype) * _interpolate(fraction, head_dim)
+    rate = hw.peak(dtype) * hw.sustained_fraction * _interpolate(fraction, head_dim)
     seconds = flops / rate * (1.0 + half_length / length) * (1.0 + constants.wave_overhead * hw.sm_count / blocks)
     width = _BYTES.get(hw.dtype_key(dtype), 2)
     nbytes = width * (heads * q_tokens + kv_heads * kv_tokens) * (head_dim + v_head_dim) * (2.0 if backward else 1.0)
@@ -91,13 +92,14 @@ def _tiles_seconds(m: float, n: float, k: float, batch: float, key: str, hw: Har
     constants = hw.gemm
     sms = hw.sm_count
     merge = 8.0 * m * n * batch / (hw.memory_bandwidth * hw.memory_fraction)
+    rate = hw.peak_flops[key] * constants.max_fraction[key] * hw.sustained_fraction / sms
     best = float("inf")
     for tile_m, tile_n, halvings in _TILES:
         tiles = ceil(m / tile_m) * ceil(n / tile_n) * batch
         work = tile_m * tile_n / constants.small_tile_fraction**halvings
         for split in _SPLITS:
-            units = ceil(tiles * split / sms) * work * (k / split + constants.k_overhead)
-            seconds = 2.0 * units * sms / (hw.peak_flops[key] * constants.max_fraction[key])
+            units = ceil(tiles * split / sms) * work * (k / split)
+            seconds = 2.0 * units / rate
             if split > 1:
                 seconds += merge * split
             best = min(best, seconds)
