@@ -54,6 +54,7 @@ def render(body: RenderableType, width: int | None = None, color: bool = False) 
         force_terminal=color,
         color_system="standard" if color else None,
         highlight=False,
+        markup=False,
         legacy_windows=False,
     )
     console.print(body)
