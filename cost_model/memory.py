@@ -1,9 +1,9 @@
 """Bytes on one GPU by kind, and the moment of the step when they peak.
 
-Trained parameters are kept as float32 master shards, gathered and reduced in the plan's dtypes, with two float32 moments
-(AdamW). A replicated block keeps a whole copy in compute precision besides. Frozen parameters, and trained ones whose
-optimizer is offloaded (master weights and moments in host memory), are kept in compute precision only. Gradients are
-kept in the reduction dtype: sharded like the parameters, whole for replicated blocks.
+Trained parameters are kept as float32 master shards, gathered and reduced in the plan's dtypes, with two float32
+moments (AdamW). A replicated block keeps a whole copy in compute precision besides. Frozen parameters, and trained
+ones whose optimizer is offloaded (master weights and moments in host memory), are kept in compute precision only.
+Gradients are kept in the reduction dtype: sharded like the parameters, whole for replicated blocks.
 
 Memory changes at the borders of runs, so the peak is the largest of a few moments per run: `moments` lists them. The
 bytes at a moment are a sum over blocks, each a function of that block's plan alone; the planner relies on it.
@@ -13,18 +13,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from omnicompile.cost_model.hardware import Hardware
 from omnicompile.cost_model.step_layout import Groups
-from omnicompile.cost_model.step_units import StepOptions, UnitCost, UnitMemory
-from omnicompile.plan import Sharding
+from omnicompile.cost_model.step_units import StepOptions
 from omnicompile.program import Program, Segment
 
 if TYPE_CHECKING:
-    from omnicompile.cost_model.step_model import BlockCost
+    from omnicompile.cost_model.step_model import BlockWeights, BlockWork
+
+_T = TypeVar("_T")
+Table = NDArray[np.float64]
 
 KINDS = ("parameters", "gradients", "optimizer", "activations", "temporaries", "gathered parameters", "buffers")
 _ACTIVATIONS, _TEMPORARIES, _GATHERED, _BUFFERS, _GRADIENTS = 3, 4, 5, 6, 1
@@ -51,7 +54,6 @@ def static_memory(
     options: StepOptions,
     trained: bool,
     offload_optimizer: bool,
-    sharding: Sharding,
 ) -> StaticMemory:
     """State of a block's parameters, those shared with another segment counted once."""
     expert = sum(s.expert_param_count * s.count for s in segments)
@@ -62,7 +64,7 @@ def static_memory(
     gradients = local * options.reduce_bytes
     if offload_optimizer:
         return StaticMemory(local * options.param_bytes, gradients, 0.0, local)
-    copy = options.param_bytes if sharding is Sharding.REPLICATE and options.param_bytes != MASTER_BYTES else 0
+    copy = options.param_bytes if groups.resident and options.param_bytes != MASTER_BYTES else 0
     return StaticMemory(local * (MASTER_BYTES + copy), gradients, local * MOMENT_BYTES, local)
 
 
@@ -112,50 +114,50 @@ class MemoryLayout:
         self.moments = moments(self.program)
         self.blocks = tuple(self.program.segment(run.segment).block for run in self.program.runs)
 
-    def block_bytes(self, name: str, cost: BlockCost, reshard: bool) -> np.ndarray:
-        """Bytes (kind, moment) that block `name` adds, kinds as in `KINDS`."""
+    def work_bytes(self, name: str, work: BlockWork, trains: dict[str, bool]) -> Table:
+        """Bytes (kind, moment) of block `name`'s activations. trains: by segment name, whether it has a backward."""
         table = np.zeros((len(KINDS), len(self.moments)))
-        table[0], table[1], table[2] = cost.static.parameters, cost.static.gradients, cost.static.optimizer
-        mine = [i for i, block in enumerate(self.blocks) if block == name]
-        units = {i: cost.units[self.program.runs[i].segment] for i in mine}
+        units = self._units(name, work.units)
         for column, moment in enumerate(self.moments):
-            for i, unit in units.items():
-                self._add_saved(table, column, moment, i, unit)
-                if not reshard:
-                    table[_GATHERED, column] += unit.memory.gathered * self._resident(moment, i)
-            for i in moment.gathered:
-                if i in units and reshard and not (moment.backward and not units[i].backward):
-                    table[_GATHERED, column] += units[i].memory.gathered
-            if moment.run in units:
-                self._add_running(table, column, moment, units[moment.run])
-            if moment.reducing in units and units[moment.reducing].backward:
-                table[_GRADIENTS, column] += units[moment.reducing].memory.reducing
+            for run, unit in units.items():
+                kept = moment.saved[run]
+                # Activations on their way to or from the host: the instance at work and the next one.
+                moving = min(kept, 2) if abs(run - moment.run) <= 1 else 0
+                table[_ACTIVATIONS, column] += kept * unit.saved + moving * unit.host
+            running = units.get(moment.run)
+            if running is None or (moment.backward and not trains[self.program.runs[moment.run].segment]):
+                continue
+            table[_BUFFERS, column] += running.exchange
+            peak = running.backward_peak + running.recomputed if moment.backward else running.forward_peak
+            table[_TEMPORARIES, column] += peak
         return table
 
-    def _resident(self, moment: Moment, run: int) -> int:
-        """Instances of a run whose parameters stay gathered from forward to backward, or are being used."""
-        here = moment.saved[run]
-        return max(here, moment.gathered.count(run))
+    def weights_bytes(self, name: str, weights: BlockWeights, reshard: bool, trains: dict[str, bool]) -> Table:
+        """Bytes (kind, moment) of block `name`'s parameters, gradients and optimizer state."""
+        table = np.zeros((len(KINDS), len(self.moments)))
+        static = weights.static
+        table[0], table[1], table[2] = static.parameters, static.gradients, static.optimizer
+        units = self._units(name, weights.units)
+        for column, moment in enumerate(self.moments):
+            for run, unit in units.items():
+                backward = trains[self.program.runs[run].segment]
+                here = moment.gathered.count(run) if backward or not moment.backward else 0
+                if backward and not reshard:  # whole from the forward to the backward
+                    here = max(here, moment.saved[run])
+                table[_GATHERED, column] += here * unit.gathered
+            if moment.backward and moment.run in units:
+                table[_GRADIENTS, column] += units[moment.run].gradient
+            if moment.reducing is not None and moment.reducing in units:
+                table[_GRADIENTS, column] += units[moment.reducing].reducing
+        return table
 
-    @staticmethod
-    def _add_saved(table: np.ndarray, column: int, moment: Moment, run: int, unit: UnitCost) -> None:
-        kept = moment.saved[run]
-        table[_ACTIVATIONS, column] += kept * unit.memory.saved
-        # Activations on their way to or from the host: the instance at work and the next one.
-        if kept and abs(run - moment.run) <= 1:
-            table[_ACTIVATIONS, column] += min(kept, 2) * unit.memory.host
-
-    @staticmethod
-    def _add_running(table: np.ndarray, column: int, moment: Moment, unit: UnitCost) -> None:
-        memory: UnitMemory = unit.memory
-        if moment.backward and not unit.backward:
-            return
-        table[_BUFFERS, column] += memory.exchange
-        if not moment.backward:
-            table[_TEMPORARIES, column] += memory.forward_peak
-            return
-        table[_TEMPORARIES, column] += max(memory.backward_peak, 0.0) + memory.recomputed
-        table[_GRADIENTS, column] += memory.weight_gradient
+    def _units(self, name: str, by_segment: dict[str, _T]) -> dict[int, _T]:
+        """The block's units by index of their run."""
+        return {
+            i: by_segment[run.segment]
+            for i, (run, block) in enumerate(zip(self.program.runs, self.blocks))
+            if block == name
+        }
 
 
 def overhead_bytes(hardware: Hardware) -> dict[str, float]:
@@ -166,7 +168,7 @@ def overhead_bytes(hardware: Hardware) -> dict[str, float]:
     }
 
 
-def peak_breakdown(total: np.ndarray, hardware: Hardware) -> dict[str, float]:
+def peak_breakdown(total: Table, hardware: Hardware) -> dict[str, float]:
     """Bytes by kind at the moment of the peak. `total`: (kind, moment), summed over blocks."""
     column = int(np.argmax(total.sum(axis=0)))
     kinds = {kind: float(total[row, column]) for row, kind in enumerate(KINDS)}

@@ -21,7 +21,7 @@ class Group:
 
 
 def make_group(size: int, stride: int, world: int, gpus_per_node: int) -> Group:
-    """The group of `size` ranks `stride` apart. Groups that straddle nodes unevenly count as the smallest even share."""
+    """`size` ranks, `stride` apart. Groups that straddle nodes unevenly count as the smallest even share."""
     node = min(world, gpus_per_node)
     slots = node // stride if stride <= node and node % stride == 0 else 1
     per_node = size if size <= slots and slots % size == 0 else math.gcd(size, slots)
@@ -43,6 +43,11 @@ class Groups:
     replica: Group
     expert_shard: Group
     expert_replica: Group
+
+    @property
+    def resident(self) -> bool:
+        """Whole parameters (of this rank's experts) are on the rank all the time."""
+        return self.shard.trivial and self.expert_shard.trivial
 
 
 def block_groups(mesh: Mesh, plan: BlockPlan, gpus_per_node: int) -> Groups:

@@ -11,7 +11,16 @@ from omnicompile.cost_model.step_chain import Chain
 from omnicompile.cost_model.step_layout import Gradient, Groups, Split, block_groups, block_split
 from omnicompile.cost_model.step_numbers import ProgramNumbers
 from omnicompile.cost_model.step_price import DTYPE_BYTES, Prices
-from omnicompile.cost_model.step_units import StepOptions, UnitCost, edge_pieces, op_seconds, unit_cost
+from omnicompile.cost_model.step_units import (
+    StepOptions,
+    UnitCost,
+    UnitWeights,
+    UnitWork,
+    edge_pieces,
+    op_seconds,
+    unit_weights,
+    unit_work,
+)
 from omnicompile.plan import BlockPlan, Layout, LossHead, Mesh, Plan
 from omnicompile.program import Program
 
@@ -21,28 +30,33 @@ gradient."""
 
 
 @dataclass(frozen=True)
-class BlockCost:
-    """A block under one plan. units: by segment name. edge_forward / edge_backward: collectives where its output
-    enters other blocks. optimizer: kernel seconds of the update; optimizer_copy: host transfers of it, one way."""
+class BlockWork:
+    """What a block's activations cost. units: by segment name. edge_forward / edge_backward: collectives where its
+    output enters other blocks."""
 
-    units: dict[str, UnitCost]
+    units: dict[str, UnitWork]
     edge_forward: Chain
     edge_backward: Chain
+
+
+@dataclass(frozen=True)
+class BlockWeights:
+    """What a block's parameters cost. units: by segment name. optimizer: kernel seconds of the update; optimizer_copy:
+    host transfers of it, one way. static: bytes of parameters, gradients and optimizer state."""
+
+    units: dict[str, UnitWeights]
     optimizer: float
     optimizer_copy: float
     static: StaticMemory
 
 
 @dataclass(frozen=True)
-class BlockKey:
-    """All that a block's cost depends on."""
+class BlockCost:
+    """A block under one plan."""
 
-    block: str
-    plan: BlockPlan
-    groups: Groups
-    options: StepOptions
-    offload_optimizer: bool
-    frozen: frozenset[str]
+    work: BlockWork
+    weights: BlockWeights
+    units: dict[str, UnitCost]
 
 
 def step_options(plan: Plan) -> StepOptions:
@@ -63,9 +77,11 @@ class StepModel:
         self.hardware = hardware or load_hardware(cluster.gpu)
         self.numbers = ProgramNumbers(program)
         self.prices = Prices(self.hardware)
-        self._blocks: dict[BlockKey, BlockCost] = {}
+        self._work: dict[tuple[object, ...], BlockWork] = {}
+        self._weights: dict[tuple[object, ...], BlockWeights] = {}
         self._ops: dict[tuple[str, int, Split, int, bool], tuple[float, ...]] = {}
         self._gradients: dict[frozenset[str], dict[str, Gradient]] = {}
+        self._group_cache: dict[tuple[object, ...], Groups] = {}
         self._heads = frozenset(s.block for s in program.segments if s.logits is not None)
         self._segments = {b.name: program.block_segments(b.name) for b in program.blocks}
 
@@ -85,13 +101,53 @@ class StepModel:
         frozen: frozenset[str],
     ) -> BlockCost:
         """The cost of block `name`; `frozen`: all blocks that are not trained."""
-        if name not in self._heads and options.loss_head is not LossHead.FULL:
-            options = StepOptions(options.micro_batch, LossHead.FULL, options.param_bytes, options.reduce_bytes)
-        groups = block_groups(mesh, plan, self.cluster.gpus_per_node)
-        key = BlockKey(name, plan, groups, options, offload_optimizer, frozen)
-        if key not in self._blocks:
-            self._blocks[key] = self._block(key)
-        return self._blocks[key]
+        work = self.work(name, plan, mesh, options, frozen)
+        weights = self.weights(name, plan, mesh, options, offload_optimizer, frozen)
+        gradients = self.gradients(frozen)
+        units = {
+            segment: UnitCost(segment, name, gradients[segment].any, unit, weights.units[segment])
+            for segment, unit in work.units.items()
+        }
+        return BlockCost(work, weights, units)
+
+    def work(
+        self, name: str, plan: BlockPlan, mesh: Mesh, options: StepOptions, frozen: frozenset[str]
+    ) -> BlockWork:
+        """What the block's activations cost."""
+        loss_head = options.loss_head if name in self._heads else LossHead.FULL
+        groups = self._groups(mesh, plan)
+        key = (
+            name, plan.layout, plan.recompute, plan.offload, groups.sequence, groups.experts, options.micro_batch,
+            loss_head, frozen,
+        )  # fmt: skip
+        if key not in self._work:
+            self._work[key] = self._block_work(name, plan, groups, options, frozen)
+        return self._work[key]
+
+    def weights(
+        self,
+        name: str,
+        plan: BlockPlan,
+        mesh: Mesh,
+        options: StepOptions,
+        offload_optimizer: bool,
+        frozen: frozenset[str],
+    ) -> BlockWeights:
+        """What the block's parameters cost."""
+        groups = self._groups(mesh, plan)
+        key = (
+            name, plan.reshard, groups.experts, groups.shard, groups.replica, groups.expert_shard,
+            groups.expert_replica, options.param_bytes, options.reduce_bytes, offload_optimizer, frozen,
+        )  # fmt: skip
+        if key not in self._weights:
+            self._weights[key] = self._block_weights(name, plan, groups, options, offload_optimizer, frozen)
+        return self._weights[key]
+
+    def _groups(self, mesh: Mesh, plan: BlockPlan) -> Groups:
+        key = (mesh, plan.sharding, plan.ep)
+        if key not in self._group_cache:
+            self._group_cache[key] = block_groups(mesh, plan, self.cluster.gpus_per_node)
+        return self._group_cache[key]
 
     def plan_blocks(self, plan: Plan) -> dict[str, BlockCost]:
         """Costs of all blocks under `plan`."""
@@ -102,31 +158,42 @@ class StepModel:
             for name, block in plan.blocks.items()
         }
 
-    def _block(self, key: BlockKey) -> BlockCost:
-        segments = self._segments[key.block]
-        gradients = self.gradients(key.frozen)
-        numbers = self.numbers.at(key.options.micro_batch)
-        sp = key.groups.sequence.size
-        split = block_split(key.plan, sp, numbers.units[key.block])
+    def _block_work(
+        self, name: str, plan: BlockPlan, groups: Groups, options: StepOptions, frozen: frozenset[str]
+    ) -> BlockWork:
+        gradients = self.gradients(frozen)
+        numbers = self.numbers.at(options.micro_batch)
+        split = block_split(plan, groups.sequence.size, numbers.units[name])
         units = {}
-        for segment in segments:
-            chunked = segment.logits is not None and key.options.loss_head is LossHead.CHUNKED
-            seconds = self._op_seconds(segment.name, key.options.micro_batch, split, key.plan.ep, chunked)
-            units[segment.name] = unit_cost(
-                numbers.segments[segment.name],
-                key.plan,
-                gradients[segment.name],
-                split,
-                key.groups,
-                key.options,
-                self.prices,
-                seconds,
-            )
-        trained = not key.plan.frozen
-        static = static_memory(segments, key.groups, key.options, trained, key.offload_optimizer, key.plan.sharding)
-        kernel, copy = self._optimizer(static, key)
-        forward, backward = self._edges(key, gradients)
-        return BlockCost(units, forward, backward, kernel, copy, static)
+        for segment in self._segments[name]:
+            chunked = segment.logits is not None and options.loss_head is LossHead.CHUNKED
+            seconds = self._op_seconds(segment.name, options.micro_batch, split, plan.ep, chunked)
+            own, gradient = numbers.segments[segment.name], gradients[segment.name]
+            units[segment.name] = unit_work(own, plan, gradient, split, groups, options, self.prices, seconds)
+        forward, backward = self._edges(name, plan, groups, options, gradients)
+        return BlockWork(units, forward, backward)
+
+    def _block_weights(
+        self,
+        name: str,
+        plan: BlockPlan,
+        groups: Groups,
+        options: StepOptions,
+        offload_optimizer: bool,
+        frozen: frozenset[str],
+    ) -> BlockWeights:
+        gradients, segments = self.gradients(frozen), self._segments[name]
+        units = {
+            s.name: unit_weights(s, plan, gradients[s.name], groups, options, self.prices) for s in segments
+        }
+        static = static_memory(segments, groups, options, name not in frozen, offload_optimizer)
+        if not static.trained_numel:
+            return BlockWeights(units, 0.0, 0.0, static)
+        update = self.prices.memory(static.trained_numel * OPTIMIZER_BYTES)
+        if not offload_optimizer:
+            return BlockWeights(units, update, 0.0, static)
+        copy = self.prices.host_copy(static.trained_numel * options.reduce_bytes)
+        return BlockWeights(units, 0.0, max(update, copy), static)
 
     def _op_seconds(self, segment: str, micro_batch: int, split: Split, ep: int, chunked: bool) -> tuple[float, ...]:
         key = (segment, micro_batch, split, ep, chunked)
@@ -135,24 +202,17 @@ class StepModel:
             self._ops[key] = op_seconds(numbers, split, ep, chunked, self.prices)
         return self._ops[key]
 
-    def _optimizer(self, static: StaticMemory, key: BlockKey) -> tuple[float, float]:
-        """Seconds of the update (kernels on the GPU, transfers one way when the optimizer state is in host memory)."""
-        if not static.trained_numel:
-            return 0.0, 0.0
-        update = self.prices.memory(static.trained_numel * OPTIMIZER_BYTES)
-        if key.offload_optimizer:
-            return 0.0, max(update, self.prices.host_copy(static.trained_numel * key.options.reduce_bytes))
-        return update, 0.0
-
-    def _edges(self, key: BlockKey, gradients: dict[str, Gradient]) -> tuple[Chain, Chain]:
-        spread = key.plan.layout in (Layout.SEQUENCE, Layout.IMAGES)
-        if not spread or self.program.block(key.block).kind != "encoder":
+    def _edges(
+        self, name: str, plan: BlockPlan, groups: Groups, options: StepOptions, gradients: dict[str, Gradient]
+    ) -> tuple[Chain, Chain]:
+        spread = plan.layout in (Layout.SEQUENCE, Layout.IMAGES)
+        if not spread or self.program.block(name).kind != "encoder":
             return (), ()
-        sizes = self.numbers.at(key.options.micro_batch).edges
-        nbytes = sum(size for edge, size in zip(self.program.edges, sizes) if edge.source == key.block)
-        needed = any(gradients[s.name].any for s in self._segments[key.block])
-        forward = edge_pieces(nbytes, key.groups, backward=False, prices=self.prices)
-        return forward, edge_pieces(nbytes, key.groups, backward=True, prices=self.prices) if needed else ()
+        sizes = self.numbers.at(options.micro_batch).edges
+        nbytes = sum(size for edge, size in zip(self.program.edges, sizes) if edge.source == name)
+        needed = any(gradients[s.name].any for s in self._segments[name])
+        forward = edge_pieces(nbytes, groups, backward=False, prices=self.prices)
+        return forward, edge_pieces(nbytes, groups, backward=True, prices=self.prices) if needed else ()
 
 
 def segment_gradients(program: Program, frozen: frozenset[str]) -> dict[str, Gradient]:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from omnicompile.cost_model.schedule import Dep, Loop, Schedule, Task
-from omnicompile.cost_model.step_chain import Chain
+from omnicompile.cost_model.step_chain import Chain, contend
 from omnicompile.cost_model.step_model import BlockCost, StepModel
 from omnicompile.cost_model.step_price import Piece
 from omnicompile.cost_model.step_units import UnitCost
@@ -37,7 +37,7 @@ class Step:
 def build_step(program: Program, plan: Plan, model: StepModel) -> Step:
     """Schedules of one optimizer step of one rank."""
     blocks = model.plan_blocks(plan)
-    return step_of_blocks(program, blocks, plan.accumulation)
+    return step_of_blocks(program, blocks, plan.accumulation, model.hardware.contention_factor)
 
 
 def build_schedule(program: Program, plan: Plan, model: StepModel) -> Schedule:
@@ -45,9 +45,9 @@ def build_schedule(program: Program, plan: Plan, model: StepModel) -> Schedule:
     return build_step(program, plan, model).last
 
 
-def step_of_blocks(program: Program, blocks: dict[str, BlockCost], accumulation: int) -> Step:
-    last = _Builder(program, blocks, last=True).build()
-    micro = _Builder(program, blocks, last=False).build() if accumulation > 1 else last
+def step_of_blocks(program: Program, blocks: dict[str, BlockCost], accumulation: int, contention: float) -> Step:
+    last = _Builder(program, blocks, contention, last=True).build()
+    micro = _Builder(program, blocks, contention, last=False).build() if accumulation > 1 else last
     return Step(micro, last, accumulation)
 
 
@@ -86,9 +86,10 @@ class _Body:
 class _Builder:
     """Emits the loops of one micro-step in order, remembering which tasks later ones wait for."""
 
-    def __init__(self, program: Program, blocks: dict[str, BlockCost], last: bool) -> None:
+    def __init__(self, program: Program, blocks: dict[str, BlockCost], contention: float, last: bool) -> None:
         self._program = program
         self._blocks = blocks
+        self._contention = contention
         self._last = last
         self._loops: list[Loop] = []
         self._gathered: tuple[str, ...] = ()  # qualified names of the gathers of the next instance
@@ -100,13 +101,13 @@ class _Builder:
         order = [(self._unit(run.segment), run.count) for run in self._program.runs]
         self._prologue(order[0][0])
         self._forward(order)
-        backward = [(unit, count) for unit, count in reversed(order) if unit.backward]
+        backward = [(unit, count) for unit, count in reversed(order) if unit.trains]
         if backward:
             self._turn(order[-1][0], backward[0][0])
             self._backward(backward)
         if self._last:
             self._optimizer()
-        return Schedule(tuple(self._loops), sum(cost.static.total for cost in self._blocks.values()))
+        return Schedule(tuple(self._loops), sum(cost.weights.static.total for cost in self._blocks.values()))
 
     def _unit(self, segment: str) -> UnitCost:
         return self._blocks[self._program.segment(segment).block].units[segment]
@@ -137,7 +138,7 @@ class _Builder:
             if not remaining[position]:
                 block = execution.unit.block
                 if last_run[block] == position:
-                    self._edge(block, self._blocks[block].edge_forward)
+                    self._edge(block, self._blocks[block].work.edge_forward)
                 position += 1
 
     def _last_runs(self) -> dict[str, int]:
@@ -146,74 +147,74 @@ class _Builder:
     def _forward_loop(self, execution: _Execution) -> None:
         unit = execution.unit
         body = _Body(unit.block)
-        gathers = () if execution.following is None else execution.following.gather
+        gathers = () if execution.following is None else execution.following.weights.gather
         repeated = execution.count > 1 or execution.following is unit
         waits = self._waits(self._gathered, gathers if repeated else ())
-        if unit.host_seconds:
+        if unit.work.host_seconds:
             waits += (Dep("offload", 2),)
-        body.issue("begin", Piece("compute", 0.0, "compute"), waits, alloc=unit.memory.forward_peak)
-        end = self._chain_tasks(body, unit.forward, unit.forward_window, execution.following)
-        kept = unit.memory.saved + unit.memory.host
+        body.issue("begin", Piece("compute", 0.0, "compute"), waits, alloc=unit.work.forward_peak)
+        chain, window = contend(unit.work.forward, unit.weights.gather, self._contention)
+        end = self._chain_tasks(body, chain, window, execution.following)
+        kept = unit.work.saved + unit.work.host
         body.issue("end", Piece("compute", 0.0, "compute"), end, alloc=kept, free=_forward_free(execution))
-        if unit.host_seconds:
-            piece = Piece("copy", unit.host_seconds, "offload")
-            body.issue("offload", piece, (Dep("end"),), free=unit.memory.host)
+        if unit.work.host_seconds:
+            piece = Piece("copy", unit.work.host_seconds, "offload")
+            body.issue("offload", piece, (Dep("end"),), free=unit.work.host)
         self._finish(body, execution)
 
     def _backward(self, order: list[tuple[UnitCost, int]]) -> None:
         executions = list(_executions(order))
-        first_run = {}
-        for i, run in enumerate(self._program.runs):
-            first_run.setdefault(self._program.segment(run.segment).block, i)
         entered: set[str] = set()
         for execution in executions:
             block = execution.unit.block
             if block not in entered:
                 entered.add(block)
-                self._edge(block, self._blocks[block].edge_backward)
+                self._edge(block, self._blocks[block].work.edge_backward)
             self._backward_loop(execution)
 
     def _turn(self, last: UnitCost, first: UnitCost) -> None:
         """From forward to backward: what the last forward used is still whole, anything else is gathered again."""
         body = _Body(first.block)
         begin = (Dep(self._chain_end),)
-        names = _gather_tasks(body, first, begin) if first is not last and first.regather else ()
-        if first.host_seconds:
-            body.issue("fetch", Piece("copy", first.host_seconds, "offload"), begin, alloc=first.memory.host)
+        names = _gather_tasks(body, first, begin) if first is not last and first.weights.regather else ()
+        if first.work.host_seconds:
+            body.issue("fetch", Piece("copy", first.work.host_seconds, "offload"), begin, alloc=first.work.host)
         if body.tasks:
             loop = self._add(body, 1)
             self._gathered = tuple(f"{loop}.{name}" for name in names)
-            self._fetched = (f"{loop}.fetch",) if first.host_seconds else ()
+            self._fetched = (f"{loop}.fetch",) if first.work.host_seconds else ()
 
     def _backward_loop(self, execution: _Execution) -> None:
-        unit, memory = execution.unit, execution.unit.memory
+        unit, work, weights = execution.unit, execution.unit.work, execution.unit.weights
         body = _Body(unit.block)
         following = execution.following
         repeated = following is unit
-        gathers = following.gather if repeated and unit.regather else ()
+        gathers = following.weights.gather if following is unit and unit.weights.regather else ()
         waits = self._waits(self._gathered, gathers)
-        if unit.host_seconds:
+        if unit.work.host_seconds:
             waits += self._waits(self._fetched, (), extra="fetch" if repeated else "")
-        peak = memory.backward_peak + memory.recomputed + memory.weight_gradient
+        peak = work.backward_peak + work.recomputed + weights.gradient
         body.issue("begin", Piece("compute", 0.0, "compute"), waits, alloc=peak)
-        prefetched = following if following is not None and following.regather else None
-        end = self._chain_tasks(body, unit.backward, unit.backward_window, prefetched)
-        freed = peak + memory.saved + memory.host + memory.gathered
-        body.issue("end", Piece("compute", 0.0, "compute"), end, alloc=memory.reducing, free=freed)
-        if following is not None and following.host_seconds:
-            piece = Piece("copy", following.host_seconds, "offload")
-            body.issue("fetch", piece, (Dep("begin"),), alloc=following.memory.host)
+        prefetched = following if following is not None and following.weights.regather else None
+        beside = (weights.gather if weights.regather else ()) + weights.reduce
+        chain, window = contend(work.backward, beside, self._contention)
+        end = self._chain_tasks(body, work.again + chain, len(work.again) + window, prefetched)
+        freed = peak + work.saved + work.host + weights.gathered
+        body.issue("end", Piece("compute", 0.0, "compute"), end, alloc=weights.reducing, free=freed)
+        if following is not None and following.work.host_seconds:
+            piece = Piece("copy", following.work.host_seconds, "offload")
+            body.issue("fetch", piece, (Dep("begin"),), alloc=following.work.host)
         self._reduce(body, unit)
         self._finish(body, execution)
 
     def _reduce(self, body: _Body, unit: UnitCost) -> None:
-        pieces = unit.reduce_last if self._last else unit.reduce
+        pieces = unit.weights.reduce_last if self._last else unit.weights.reduce
         previous = "end"
         for i, piece in enumerate(pieces):
-            free = unit.memory.reducing if i == len(pieces) - 1 else 0.0
+            free = unit.weights.reducing if i == len(pieces) - 1 else 0.0
             previous = body.issue(f"reduce{i}", piece, (Dep(previous),), free=free)
-        if not pieces and unit.memory.reducing:
-            body.issue("accumulated", Piece("compute", 0.0, "compute"), free=unit.memory.reducing)
+        if not pieces and unit.weights.reducing:
+            body.issue("accumulated", Piece("compute", 0.0, "compute"), free=unit.weights.reducing)
 
     def _chain_tasks(
         self, body: _Body, chain: Chain, window: int, following: UnitCost | None
@@ -257,11 +258,12 @@ class _Builder:
         waits = tuple(Dep(name) for name in (*self._ends.values(), self._chain_end))
         for block, cost in self._blocks.items():
             body = _Body(block)
-            if cost.optimizer:
-                body.issue("update", Piece("compute", cost.optimizer, "optimizer"), waits)
-            if cost.optimizer_copy:
-                body.issue("gradients out", Piece("copy", cost.optimizer_copy, "optimizer"), waits)
-                body.issue("weights in", Piece("copy", cost.optimizer_copy, "optimizer"), (Dep("gradients out"),))
+            if cost.weights.optimizer:
+                body.issue("update", Piece("compute", cost.weights.optimizer, "optimizer"), waits)
+            if cost.weights.optimizer_copy:
+                transfer = Piece("copy", cost.weights.optimizer_copy, "optimizer")
+                body.issue("gradients out", transfer, waits)
+                body.issue("weights in", transfer, (Dep("gradients out"),))
             if body.tasks:
                 self._add(body, 1)
 
@@ -269,13 +271,13 @@ class _Builder:
 def _forward_free(execution: _Execution) -> float:
     """What the end of a forward gives back: temporaries, and the whole parameters if they are not kept."""
     unit = execution.unit
-    kept = bool(unit.backward) and (not unit.regather or execution.following is None)
-    return unit.memory.forward_peak + (0.0 if kept else unit.memory.gathered)
+    kept = unit.trains and (not unit.weights.regather or execution.following is None)
+    return unit.work.forward_peak + (0.0 if kept else unit.weights.gathered)
 
 
 def _gather_tasks(body: _Body, unit: UnitCost, after: tuple[Dep, ...]) -> list[str]:
     """All-gathers of a unit's parameters; the first allocates them all."""
     return [
-        body.issue(f"gather{i}", piece, after, alloc=unit.memory.gathered if i == 0 else 0.0)
-        for i, piece in enumerate(unit.gather)
+        body.issue(f"gather{i}", piece, after, alloc=unit.weights.gathered if i == 0 else 0.0)
+        for i, piece in enumerate(unit.weights.gather)
     ]

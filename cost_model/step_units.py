@@ -10,11 +10,11 @@ from omnicompile.cost_model.step_chain import LOSS_CHUNK_ROWS, Chain
 from omnicompile.cost_model.step_layout import Gradient, Groups, Split
 from omnicompile.cost_model.step_numbers import SegmentNumbers
 from omnicompile.cost_model.step_price import Prices
-from omnicompile.plan import BlockPlan, LossHead, Sharding
+from omnicompile.plan import BlockPlan, LossHead
 from omnicompile.program import OpKind, Recompute, Segment
 
 LOGIT_BYTES = 10
-"""Per logit of a chunk in the chunked loss head: bf16 logits and their gradient, float32 probabilities, 2 of scratch."""
+"""Per logit of a chunk in the chunked loss head: bf16 logits and their gradient, float32 probabilities, scratch."""
 
 
 @dataclass(frozen=True)
@@ -28,51 +28,58 @@ class StepOptions:
 
 
 @dataclass(frozen=True)
-class UnitMemory:
-    """Bytes on one GPU of one instance.
+class UnitWork:
+    """What an instance's activations cost: depends on layout, recompute, offload, ep, micro-batch, not on sharding.
 
-    gathered: whole parameters in compute precision, 0 where they are resident. saved: kept from forward to backward on
-    the GPU. host: kept in host memory instead. recomputed: recreated by the recompute. forward_peak / backward_peak:
-    temporaries. exchange: all-to-all buffers. weight_gradient: whole gradients of the instance before reduction.
-    reducing: the buffer being reduced.
+    forward / again / backward: strict chains of the forward, of what is recomputed, and of the backward (both empty
+    when no backward is needed). host_seconds: one way, for activations kept in host memory.
+    Bytes on one GPU: saved from forward to backward on the GPU; host: in host memory instead; recomputed: recreated by
+    the recompute; forward_peak / backward_peak: temporaries; exchange: all-to-all buffers.
     """
 
-    gathered: float
+    forward: Chain
+    again: Chain
+    backward: Chain
+    host_seconds: float
     saved: float
     host: float
     recomputed: float
     forward_peak: float
     backward_peak: float
     exchange: float
-    weight_gradient: float
+
+
+@dataclass(frozen=True)
+class UnitWeights:
+    """What an instance's parameters cost: depends on sharding, reshard and ep, not on activations.
+
+    gather: all-gathers before use, again before the backward if `regather`. reduce: after the backward of every
+    micro-step; reduce_last: of the last one, sums over replicas included.
+    Bytes on one GPU: gathered: whole parameters in compute precision (0 where they are resident); gradient: whole
+    gradients before reduction; reducing: the buffer being reduced.
+    """
+
+    gather: Chain
+    regather: bool
+    reduce: Chain
+    reduce_last: Chain
+    gathered: float
+    gradient: float
     reducing: float
 
 
 @dataclass(frozen=True)
 class UnitCost:
-    """One instance of a segment.
-
-    forward / backward: strict chains (backward empty: none is needed). gather: parameter all-gathers before use, again
-    before the backward if `regather`. reduce: after the backward of every micro-step; reduce_last: of the last one.
-    host_seconds: one way, for the activations kept in host memory. forward_window / backward_window: piece of the chain
-    before which prefetches are issued.
-    """
+    """One instance of a segment under a block's plan; `trains`: it has a backward."""
 
     name: str
     block: str
-    forward: Chain
-    backward: Chain
-    forward_window: int
-    backward_window: int
-    gather: Chain
-    regather: bool
-    reduce: Chain
-    reduce_last: Chain
-    host_seconds: float
-    memory: UnitMemory
+    trains: bool
+    work: UnitWork
+    weights: UnitWeights
 
 
-def unit_cost(
+def unit_work(
     numbers: SegmentNumbers,
     plan: BlockPlan,
     gradient: Gradient,
@@ -81,34 +88,63 @@ def unit_cost(
     options: StepOptions,
     prices: Prices,
     seconds: tuple[float, ...],
-) -> UnitCost:
-    """Cost of one instance. `seconds`: of each op of the segment in order, the work already split."""
+) -> UnitWork:
+    """`seconds`: of each op of the segment in order, the work already split."""
     segment = numbers.segment
     policy = segment_policy(segment, plan.recompute)
-    head = segment.logits is not None and options.loss_head is LossHead.CHUNKED
-    gather = _gather(segment, groups, options, prices)
+    chunked = segment.logits is not None and options.loss_head is LossHead.CHUNKED
+
+    def chain(indices: list[int], kind: str) -> Chain:
+        ops, times = step_chain.pick(indices, numbers, seconds)
+        return step_chain.op_chain(ops, times, split, groups, prices, kind)
+
+    saved, recomputed = _kept(numbers, policy, gradient, split, chunked)
+    forward_peak, backward_peak = numbers.forward_peak / split.tokens, numbers.backward_peak / split.tokens
+    if chunked and segment.logits is not None:
+        rows = min(LOSS_CHUNK_ROWS, numbers.logit_rows / split.tokens)
+        forward_peak = backward_peak = rows * segment.logits[1] * LOGIT_BYTES
+    host = saved if plan.offload and segment.role not in ("embed", "head") else 0.0
+    return UnitWork(
+        forward=chain(step_chain.forward_indices(numbers), "compute"),
+        again=chain(step_chain.recompute_indices(numbers, policy), "recompute") if gradient.any else (),
+        backward=chain(step_chain.backward_indices(numbers, gradient), "compute") if gradient.any else (),
+        host_seconds=prices.host_copy(host) if host > 0 else 0.0,
+        saved=saved - host,
+        host=host,
+        recomputed=recomputed,
+        forward_peak=forward_peak,
+        backward_peak=backward_peak,
+        exchange=_exchange_buffers(numbers, split, groups),
+    )
+
+
+def _kept(
+    numbers: SegmentNumbers, policy: Recompute, gradient: Gradient, split: Split, chunked: bool
+) -> tuple[float, float]:
+    """Bytes saved for the backward, and bytes that the recompute recreates."""
+    if not gradient.any:
+        return 0.0, 0.0
+    if chunked:  # input gradients are computed with the loss, so nothing but them waits for the backward
+        return numbers.input_bytes / split.tokens, 0.0
+    by_policy = numbers.saved if gradient.weight else numbers.saved_frozen
+    saved, everything = by_policy[policy] / split.tokens, by_policy[Recompute.NONE] / split.tokens
+    return saved, max(0.0, everything - saved)
+
+
+def unit_weights(
+    segment: Segment, plan: BlockPlan, gradient: Gradient, groups: Groups, options: StepOptions, prices: Prices
+) -> UnitWeights:
+    dense, expert = all_params(segment)
+    local = dense + expert / groups.experts.size
     reduce, reduce_last = _reductions(segment, gradient, groups, options, prices)
-    forward = _forward(numbers, split, groups, prices, seconds)
-    again = _recompute(numbers, policy, split, groups, prices, seconds) if gradient.any else ()
-    backward = _backward(numbers, gradient, split, groups, prices, seconds)
-    slowdown = prices.hardware.contention_factor
-    forward, forward_window = step_chain.contend(forward, gather, slowdown)
-    backward, backward_window = step_chain.contend(backward, (gather if plan.reshard else ()) + reduce, slowdown)
-    memory = _memory(numbers, plan, policy, gradient, split, groups, options, chunked=head)
-    host_seconds = prices.host_copy(memory.host) if memory.host > 0 else 0.0
-    return UnitCost(
-        name=segment.name,
-        block=segment.block,
-        forward=forward,
-        backward=again + backward,
-        forward_window=forward_window,
-        backward_window=len(again) + backward_window,
-        gather=gather,
+    return UnitWeights(
+        gather=_gather(segment, groups, options, prices),
         regather=plan.reshard and gradient.any,
         reduce=reduce,
         reduce_last=reduce_last,
-        host_seconds=host_seconds,
-        memory=memory,
+        gathered=0.0 if groups.resident else local * options.param_bytes,
+        gradient=local * options.param_bytes if gradient.weight else 0.0,
+        reducing=local * options.reduce_bytes if gradient.weight and not groups.resident else 0.0,
     )
 
 
@@ -125,37 +161,6 @@ def op_seconds(numbers: SegmentNumbers, split: Split, ep: int, chunked: bool, pr
     chunks = max(1, math.ceil(numbers.logit_rows / split.tokens / LOSS_CHUNK_ROWS))
     smaller = Split(split.tokens * chunks, split.heads)
     return tuple(max(w, chunks * prices.op(op, smaller, ep)) for w, op in zip(whole, numbers.ops))
-
-
-def _forward(
-    numbers: SegmentNumbers, split: Split, groups: Groups, prices: Prices, seconds: tuple[float, ...]
-) -> Chain:
-    ops, times = step_chain.pick(step_chain.forward_indices(numbers), numbers, seconds)
-    return step_chain.op_chain(ops, times, split, groups, prices, "compute")
-
-
-def _recompute(
-    numbers: SegmentNumbers,
-    policy: Recompute,
-    split: Split,
-    groups: Groups,
-    prices: Prices,
-    seconds: tuple[float, ...],
-) -> Chain:
-    ops, times = step_chain.pick(step_chain.recompute_indices(numbers, policy), numbers, seconds)
-    return step_chain.op_chain(ops, times, split, groups, prices, "recompute")
-
-
-def _backward(
-    numbers: SegmentNumbers,
-    gradient: Gradient,
-    split: Split,
-    groups: Groups,
-    prices: Prices,
-    seconds: tuple[float, ...],
-) -> Chain:
-    ops, times = step_chain.pick(step_chain.backward_indices(numbers, gradient), numbers, seconds)
-    return step_chain.op_chain(ops, times, split, groups, prices, "compute")
 
 
 def all_params(segment: Segment) -> tuple[int, int]:
@@ -187,45 +192,6 @@ def _reductions(
         "all_reduce", expert_bytes / groups.expert_shard.size, groups.expert_replica
     )
     return scatter, scatter + replicas
-
-
-def _memory(
-    numbers: SegmentNumbers,
-    plan: BlockPlan,
-    policy: Recompute,
-    gradient: Gradient,
-    split: Split,
-    groups: Groups,
-    options: StepOptions,
-    *,
-    chunked: bool,
-) -> UnitMemory:
-    segment = numbers.segment
-    saved_by = numbers.saved if gradient.weight else numbers.saved_frozen
-    saved = saved_by[policy] / split.tokens if gradient.any else 0.0
-    everything = saved_by[Recompute.NONE] / split.tokens if gradient.any else 0.0
-    forward_peak, backward_peak = numbers.forward_peak / split.tokens, numbers.backward_peak / split.tokens
-    if chunked and segment.logits is not None:
-        # Input gradients are computed with the loss, so nothing but them waits for the backward.
-        saved = everything = numbers.input_bytes / split.tokens if gradient.any else 0.0
-        rows = min(LOSS_CHUNK_ROWS, numbers.logit_rows / split.tokens)
-        forward_peak = backward_peak = rows * segment.logits[1] * LOGIT_BYTES
-    recomputed = max(0.0, everything - saved)
-    host = saved if plan.offload and segment.role not in ("embed", "head") else 0.0
-    dense, expert = all_params(segment)
-    local = dense + expert / groups.experts.size
-    resident = plan.sharding is Sharding.REPLICATE or (groups.shard.trivial and groups.expert_shard.trivial)
-    return UnitMemory(
-        gathered=0.0 if resident else local * options.param_bytes,
-        saved=saved - host,
-        host=host,
-        recomputed=recomputed,
-        forward_peak=forward_peak,
-        backward_peak=backward_peak,
-        exchange=_exchange_buffers(numbers, split, groups),
-        weight_gradient=local * options.param_bytes if gradient.weight else 0.0,
-        reducing=local * options.reduce_bytes if gradient.weight and not resident else 0.0,
-    )
 
 
 def _exchange_buffers(numbers: SegmentNumbers, split: Split, groups: Groups) -> float:

@@ -1,0 +1,162 @@
+"""Which plans can be executed: divisibility and consistency, each refusal with its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from omnicompile.cluster import Cluster
+from omnicompile.errors import PlanError
+from omnicompile.plan import BlockPlan, Layout, Mesh, Plan, Sharding
+from omnicompile.program import Block, Program
+
+
+def sequence_refusal(program: Program, block: Block, sp: int) -> str | None:
+    """Why the tokens of `block` cannot be split over `sp` ranks with an all-to-all around attention; None if they can.
+
+    Heads are dealt out to ranks. With fewer key/value heads than ranks each of them is kept by sp / kv_heads ranks.
+    """
+    for segment in program.block_segments(block.name):
+        for attention in segment.attention_ops():
+            if attention.heads % sp:
+                return f"{block.name} has {attention.heads} attention heads, which sp={sp} does not divide"
+            kv = attention.kv_heads
+            if kv % sp and sp % kv:
+                return f"{block.name} has {kv} key/value heads, which sp={sp} neither divides nor is a multiple of"
+    return None
+
+
+def sp_refusal(program: Program, sp: int) -> str | None:
+    """Why no mesh can have this `sp`: every block but an encoder is split along the sequence when sp > 1."""
+    if sp == 1:
+        return None
+    for block in program.blocks:
+        if block.kind != "encoder" and (reason := sequence_refusal(program, block, sp)):
+            return reason
+    return None
+
+
+def expert_counts(program: Program) -> set[int]:
+    """Numbers of experts that occur in the program's layers."""
+    return {
+        op.experts.experts for segment in program.segments for op in segment.ops if op.experts is not None
+    } | {p.shape[0] for segment in program.segments for p in segment.params if p.expert}
+
+
+def ep_refusal(program: Program, mesh: Mesh) -> str | None:
+    """Why experts cannot be dealt out to `mesh.ep` ranks; None if they can."""
+    if mesh.ep == 1:
+        return None
+    counts = expert_counts(program)
+    if not counts:
+        return f"ep={mesh.ep}: the model has no experts"
+    for count in sorted(counts):
+        if count % mesh.ep:
+            return f"the model has layers of {count} experts, which ep={mesh.ep} does not divide"
+    if (mesh.dp_shard * mesh.sp) % mesh.ep:
+        return f"ep={mesh.ep} does not divide dp_shard x sp = {mesh.dp_shard * mesh.sp}"
+    return None
+
+
+def mesh_refusal(program: Program, cluster: Cluster, mesh: Mesh) -> str | None:
+    """Why the mesh cannot be used; None if it can."""
+    for name in ("tp", "cp", "pp"):
+        degree = {"tp": mesh.tp, "cp": mesh.cp, "pp": mesh.pp}[name]
+        if degree != 1:
+            return f"{name}={degree}: {name} is priced later and not executable yet, leave it at 1"
+    if mesh.world != cluster.gpus:
+        return f"the mesh has {mesh.world} ranks and the cluster {cluster.gpus} GPUs"
+    return sp_refusal(program, mesh.sp) or ep_refusal(program, mesh)
+
+
+def batch_refusal(plan: Plan) -> str | None:
+    wanted = plan.workload.global_batch or plan.cluster.gpus
+    if plan.global_batch != wanted:
+        return (
+            f"micro_batch {plan.micro_batch} x accumulation {plan.accumulation} x {plan.mesh.data_ranks} data ranks = "
+            f"{plan.global_batch} samples, but an optimizer step has {wanted}"
+        )
+    return None
+
+
+def has_experts(program: Program, block: str) -> bool:
+    return any(s.expert_param_count for s in program.block_segments(block))
+
+
+def block_refusal(program: Program, mesh: Mesh, name: str, plan: BlockPlan) -> str | None:
+    """Why block `name` cannot be run as `plan` says; None if it can."""
+    block = program.block(name)
+    return (
+        _layout_refusal(program, mesh, block, plan)
+        or _sharding_refusal(mesh, name, plan)
+        or _expert_refusal(program, mesh, name, plan)
+    )
+
+
+def _layout_refusal(program: Program, mesh: Mesh, block: Block, plan: BlockPlan) -> str | None:
+    sp, name, layout = mesh.sp, block.name, plan.layout
+    if (layout is Layout.BATCH) != (sp == 1):
+        return f"{name}: layout {layout} with sp={sp} (sp = 1 goes with layout batch, and only that)"
+    wanted = sp if layout in (Layout.SEQUENCE, Layout.IMAGES) else 1
+    if plan.sp != wanted:
+        return f"{name}: layout {layout} means sp={wanted}, not {plan.sp}"
+    if layout in (Layout.REPLICATED, Layout.IMAGES) and block.kind != "encoder":
+        return f"{name}: only encoders can be laid out as {layout}; a {block.kind} is split along the sequence"
+    if layout is Layout.IMAGES and not block.units:
+        return f"{name}: has no images or clips to deal out"
+    return sequence_refusal(program, block, sp) if layout is Layout.SEQUENCE else None
+
+
+def _sharding_refusal(mesh: Mesh, name: str, plan: BlockPlan) -> str | None:
+    if plan.sharding is Sharding.HSDP:
+        if mesh.dp_replicate == 1:
+            return f"{name}: hsdp needs dp_replicate > 1 (with 1 it is fsdp)"
+        if mesh.dp_shard * mesh.sp == 1:
+            return f"{name}: hsdp over dp_shard x sp = 1 rank shards nothing (that is replicate)"
+    return None
+
+
+def _expert_refusal(program: Program, mesh: Mesh, name: str, plan: BlockPlan) -> str | None:
+    wanted = mesh.ep if has_experts(program, name) else 1
+    if plan.ep != wanted:
+        return f"{name}: ep={plan.ep}, but on this mesh it must be {wanted}"
+    return None
+
+
+def frozen_blocks(program: Program, freeze: tuple[str, ...]) -> frozenset[str]:
+    """Blocks that the workload does not train. Raises PlanError for a name that is no block."""
+    frozen: set[str] = set()
+    names = {b.name for b in program.blocks}
+    for entry in freeze:
+        if entry == "encoders":
+            frozen |= {b.name for b in program.blocks if b.kind == "encoder"}
+        elif entry in names:
+            frozen.add(entry)
+        else:
+            raise PlanError(f"cannot freeze {entry!r}: blocks are {', '.join(sorted(names))} (or \"encoders\")")
+    return frozenset(frozen)
+
+
+def plan_refusals(program: Program, plan: Plan) -> Iterator[str]:
+    """Everything that is wrong with a plan."""
+    names = {b.name for b in program.blocks}
+    if set(plan.blocks) != names:
+        yield f"the plan has blocks {', '.join(sorted(plan.blocks))}, the model {', '.join(sorted(names))}"
+        return
+    if min(plan.micro_batch, plan.accumulation) < 1:
+        yield "micro_batch and accumulation must be at least 1"
+        return
+    if reason := mesh_refusal(program, plan.cluster, plan.mesh) or batch_refusal(plan):
+        yield reason
+        return
+    frozen = frozen_blocks(program, plan.workload.freeze)
+    for name, block in plan.blocks.items():
+        if reason := block_refusal(program, plan.mesh, name, block):
+            yield reason
+        if block.frozen != (name in frozen):
+            yield f"{name}: frozen={block.frozen}, but the workload says {name in frozen}"
+
+
+def check_plan(program: Program, plan: Plan) -> None:
+    """Raises PlanError, naming the first inconsistency."""
+    for reason in plan_refusals(program, plan):
+        raise PlanError(reason)
