@@ -1,0 +1,44 @@
+"""`omnicompile inspect`: the traced model, with what each part of it costs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from omnicompile.cli.arguments import add_model, add_workload, workload_of
+from omnicompile.cli.progress import color_wanted, emit, progress
+
+HELP = "print a model's modality blocks and layer kinds with parameters, FLOPs and activation bytes"
+EXAMPLES = """\
+examples:
+  omnicompile inspect examples/qwen2_vl_7b.py
+  omnicompile inspect config.json --seq-len 32768 --images 4
+  omnicompile inspect model.py --json
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    add_workload(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON for programs")
+
+
+def run(args: argparse.Namespace) -> int:
+    from omnicompile.capture.source import load_model_source
+
+    source = load_model_source(args.model, args.config)
+    workload = workload_of(args, source.workload, {})
+    with progress(f"reading {source.name}") as show:
+        from omnicompile.capture.api import capture_program
+
+        program = capture_program(source, workload, cache=source.cacheable and not args.no_cache, progress=show)
+    values = program.symbol_values()
+    if args.json:
+        from omnicompile.report.json_view import program_json
+
+        emit(json.dumps(program_json(program, values), indent=2))
+    else:
+        from omnicompile.report.program_view import program_text
+
+        emit(program_text(program, values, color=color_wanted()))
+    return 0

@@ -1,0 +1,141 @@
+"""`omnicompile plan`: the fastest way to train a model on a cluster that fits its memory."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omnicompile.cli.arguments import add_cluster, add_model, add_workload, cluster_of, workload_of
+from omnicompile.cli.progress import color_wanted, emit, progress
+from omnicompile.cluster import Cluster
+from omnicompile.errors import InputError
+from omnicompile.workload import Workload
+
+if TYPE_CHECKING:
+    from omnicompile.capture.source import ModelSource
+    from omnicompile.planner.api import PlanResult
+
+HELP = "find the fastest plan that fits: mesh, sharding and layout per modality block, recompute, micro-batch"
+EXAMPLES = """\
+examples:
+  omnicompile plan examples/qwen2_vl_72b.py --gpus 128
+      the fastest plan for 128 H100s, and the next best with why each lost
+  omnicompile plan config.json --gpus 64 --gpu h200 --seq-len 65536 --images 8 --image-size 448x448
+      a Hugging Face model by its configuration, another GPU, a longer sample
+  omnicompile plan model.py --gpus 128 --freeze encoders --pin vision.sp=1 --pin mesh.sp=4
+      keep some choices and let the planner fill in the rest
+  omnicompile plan model.py --gpus 128 --out recipe.yaml
+      save the plan; edit it, and give it (or any part of it) back with --recipe recipe.yaml
+  omnicompile plan transformers:LlamaForCausalLM --config config.json --gpus 32 --price 2.5
+      a class of a package; with the price of a GPU-hour, the cost of a billion tokens
+  omnicompile plan model.py --gpu h100 --min-gpus
+      the fewest GPUs that fit
+  omnicompile plan model.py --gpus 128 --max-seq-len
+      the longest sample that fits
+"""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be planned, put together from the command line, the recipe and the model's file."""
+
+    source: ModelSource
+    cluster: Cluster
+    workload: Workload
+    pins: dict[str, str]
+    cache: bool
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    add_cluster(parser)
+    add_workload(parser)
+    search = parser.add_argument_group("search")
+    search.add_argument(
+        "--pin",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="keep a choice: vision.sp=1, text.recompute=full, mesh.dp_replicate=2, micro_batch=1 (repeatable)",
+    )
+    search.add_argument("--recipe", metavar="FILE", help="keep the choices of a recipe, or of any part of one")
+    search.add_argument("--top", type=int, default=4, metavar="K", help="how many plans to show (4)")
+    answer = search.add_mutually_exclusive_group()
+    answer.add_argument("--min-gpus", action="store_true", help="plan for the fewest GPUs that fit, at most --gpus")
+    answer.add_argument("--max-seq-len", action="store_true", help="plan for the longest sequence that fits")
+    output = parser.add_argument_group("output")
+    output.add_argument("--out", metavar="FILE", help="save the best plan as a recipe (YAML)")
+    output.add_argument("--json", action="store_true", help="print JSON for programs")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.top < 1:
+        raise InputError(f"--top must be at least 1, got {args.top}")
+    if args.out is not None and not Path(args.out).resolve().parent.is_dir():
+        raise InputError(f"--out {args.out}: directory {Path(args.out).parent} does not exist")
+    result = _search(args, _request(args))
+    best = result.plans[0]
+    if args.out is not None:
+        best.save(args.out)
+    if args.json:
+        from omnicompile.report.json_view import plans_json
+
+        view = plans_json(result.plans, result.lost_because, result.program)
+        emit(json.dumps(view | {"explored": result.explored, "seconds": result.seconds}, indent=2))
+        return 0
+    emit(_report(result, args.out))
+    return 0
+
+
+def _request(args: argparse.Namespace) -> Request:
+    from omnicompile.capture.source import load_model_source
+    from omnicompile.cost_model.hardware import load_hardware
+    from omnicompile.recipe import load_machine, load_pins, parse_pins
+
+    machine: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+    pins: dict[str, str] = {}
+    if args.recipe is not None:
+        machine, pins = load_machine(args.recipe), load_pins(args.recipe)
+    cluster = cluster_of(args, machine[0], gpus=_largest(args) if args.min_gpus else None)
+    load_hardware(cluster.gpu)  # an unknown GPU is told before the model is traced
+    pins |= parse_pins(args.pin)
+    source = load_model_source(args.model, args.config)
+    workload = workload_of(args, source.workload, machine[1])
+    return Request(source, cluster, workload, pins, cache=source.cacheable and not args.no_cache)
+
+
+def _largest(args: argparse.Namespace) -> int:
+    """Where the search for the fewest GPUs ends when --gpus is not given."""
+    return 2048 * (args.gpus_per_node or 8)
+
+
+def _search(args: argparse.Namespace, request: Request) -> PlanResult:
+    with progress(f"reading {request.source.name}") as show:
+        from omnicompile.planner import api
+
+        if args.min_gpus:
+            return api.min_gpus(
+                request.source, request.cluster, request.workload, request.pins, args.top, request.cache, show
+            )
+        if args.max_seq_len:
+            return api.max_seq_len(
+                request.source, request.cluster, request.workload, request.pins, args.top, request.cache, show
+            )
+        return api.plan_source(
+            request.source, request.cluster, request.workload, request.pins, args.top, request.cache, show
+        )
+
+
+def _report(result: PlanResult, saved: str | None) -> str:
+    from omnicompile.report.terminal import plan_text
+    from omnicompile.report.units import seconds_text
+
+    text = plan_text(result.plans[0], result.program, result.plans[1:], result.lost_because[1:], color=color_wanted())
+    steps = ", ".join(f"{name} {seconds_text(value)}" for name, value in result.seconds.items())
+    lines = [text, "", f"{result.explored:,} plans considered ({steps})"]
+    if saved is not None:
+        lines.append(f"saved as {saved}")
+    return "\n".join(lines)

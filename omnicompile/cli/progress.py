@@ -1,0 +1,35 @@
+"""What a command shows while it works: one changing line on a terminal, nothing anywhere else."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+Progress = Callable[[str], None]
+
+
+@contextmanager
+def progress(first: str) -> Iterator[Progress]:
+    """A function that replaces the line shown on stderr."""
+    if not sys.stderr.isatty():
+        yield lambda line: None
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(first) as status:
+        yield lambda line: status.update(line)
+
+
+def color_wanted() -> bool:
+    """Whether stdout is a terminal that takes colours (and NO_COLOR is unset)."""
+    import os
+
+    return sys.stdout.isatty() and "NO_COLOR" not in os.environ
+
+
+def emit(text: str) -> None:
+    """Print to stdout; glyphs that its encoding lacks become '?'."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, errors="replace").decode(encoding))
+    sys.stdout.flush()
