@@ -11,22 +11,12 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from omnicompile.anchors import markers as _markers  # noqa: F401  (defines the operator)
 from omnicompile.capture.regions import Region
 from omnicompile.capture.trace import TracedForward
 from omnicompile.torch_compat import FakeTensorMode
 
 aten = torch.ops.aten
-
-
-@torch.library.custom_op("omnicompile::backward_starts", mutates_args=())
-def backward_starts(x: Tensor) -> Tensor:
-    """Marks the place in a joint graph where the forward ends. Returns a copy of `x`."""
-    return x.clone()
-
-
-@backward_starts.register_fake
-def _backward_starts_fake(x: Tensor) -> Tensor:
-    return torch.empty_like(x)
 
 
 @dataclass

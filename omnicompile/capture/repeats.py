@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,25 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from omnicompile.anchors import markers as _markers  # noqa: F401  (defines the operator)
 from omnicompile.capture.host_mode import is_host
 from omnicompile.torch_compat import outside_tracing
-
-
-@torch.library.custom_op("omnicompile::repeated_layer", mutates_args=())
-def repeated_layer(inputs: Sequence[Tensor], path: str, kind: int, outputs: str) -> list[Tensor]:
-    """Stands for a call of the layer at `path`, which is of the already traced kind number `kind`. `outputs`: JSON list of
-    [dtype, shape] of the results. Never executed."""
-    raise RuntimeError(f"a repeated layer ({path}) was executed: this graph is for planning only")
-
-
-@repeated_layer.register_fake
-def _repeated_layer_fake(inputs: Sequence[Tensor], path: str, kind: int, outputs: str) -> list[Tensor]:
-    device = inputs[0].device if inputs else "cpu"
-    return [torch.empty(shape, dtype=_DTYPES[dtype], device=device) for dtype, shape in json.loads(outputs)]
-
-
-_DTYPES = {str(d): d for d in (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32,
-                               torch.bool, torch.int16, torch.int8, torch.uint8)}  # fmt: skip
 
 
 @dataclass

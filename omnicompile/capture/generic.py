@@ -1,0 +1,129 @@
+"""Sizes for a capture whose every dimension can be read back (see symbols.py), and the sizes of a Workload's sample."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import sympy
+
+from omnicompile.capture.inputs.types import ExampleInputs, InputConstraints, InputRequest, Rows
+from omnicompile.capture.symbols import GenericSize
+from omnicompile.errors import InputError
+from omnicompile.program import SampleShape, Sym
+from omnicompile.workload import Workload
+
+# Primes that divide no usual model dimension, together. The grid's factor 4 makes windows of common sizes come out even.
+_IMAGES, _CLIPS, _GRID, _FRAMES = 23, 13, (5, 7), 17
+_GRID_FACTOR = 4
+_TEXT_MARGIN = 1000
+
+
+@dataclass(frozen=True)
+class GenericSizes:
+    """The request for a capture; `rows_fixed` is the length of a text row that could not be made generic, else 0."""
+
+    request: InputRequest
+    rows_fixed: int = 0
+
+
+def generic_request(limits: InputConstraints, workload: Workload, variant: int = 0) -> GenericSizes:
+    """Numbers for a capture. variant: 1 gives another set, to check a capture by another."""
+    images = (_IMAGES, 29)[variant] if limits.images is not None else 0
+    clips = (_CLIPS, 11)[variant] if limits.audio is not None else 0
+    grid = None
+    patches = 0
+    if limits.images is not None:
+        factors = (_GRID, (7, 11))[variant]
+        grid = limits.images.grid
+        if grid is None:
+            rows, cols = (m * _GRID_FACTOR * f for m, f in zip(limits.images.multiple, factors))
+            grid = (rows, cols)
+        patches = grid[0] * grid[1]
+    frames = None
+    if limits.audio is not None:
+        prime = (_FRAMES, 19)[variant]
+        frames = limits.audio.frames or limits.audio.multiple * prime * max(1, 100 // limits.audio.multiple)
+    if limits.rows is not Rows.SAMPLES:
+        # One text per image or clip: its length is bound by the model, and stays as it will be.
+        length = min(workload.seq_len, limits.max_seq_len or workload.seq_len)
+        return GenericSizes(InputRequest(length, images, grid, frames, clips), rows_fixed=length)
+    needed = images * patches + clips * (frames or 0) + _TEXT_MARGIN * (1 + variant)
+    if limits.max_seq_len is not None and needed > limits.max_seq_len:
+        seq_len = int(sympy.prevprime(limits.max_seq_len + 1 - variant * 8))
+    else:
+        seq_len = int(sympy.nextprime(needed))
+    return GenericSizes(InputRequest(seq_len, images, grid, frames, clips))
+
+
+def generic_sizes(inputs: ExampleInputs, sizes: GenericSizes) -> list[GenericSize]:
+    """The symbols of a capture with the factors that mark them."""
+    found = []
+    if sizes.rows_fixed:
+        tokens = inputs.rows * inputs.seq_len
+        found.append(GenericSize(Sym.S, tokens, tokens))
+    else:
+        found.append(GenericSize(Sym.S, inputs.seq_len, inputs.seq_len))
+    if inputs.images:
+        found.append(GenericSize(Sym.I, inputs.images, inputs.images))
+        if sizes.request.image_grid is not None and inputs.patches_per_image:
+            patches = inputs.patches_per_image
+            found.append(GenericSize(Sym.N, inputs.images * patches, inputs.images * _odd_part(patches), patches))
+    if inputs.clips:
+        found.append(GenericSize(Sym.C, inputs.clips, inputs.clips))
+        if inputs.frames_per_clip:
+            frames = inputs.frames_per_clip
+            found.append(GenericSize(Sym.A, inputs.clips * frames, inputs.clips * _odd_part(frames, (2, 5)), frames))
+    return found
+
+
+def _odd_part(number: int, factors: tuple[int, ...] = (2,)) -> int:
+    """What is left of a size without the factors that merging, striding and windowing take from it."""
+    for factor in factors:
+        while number % factor == 0:
+            number //= factor
+    return number
+
+
+def sample_shape(limits: InputConstraints, generic: ExampleInputs, workload: Workload) -> SampleShape:
+    """One sample of `workload` for this model. Raises InputError if the images asked for do not fit the sequence."""
+    seq_len = min(workload.seq_len, limits.max_seq_len or workload.seq_len)
+    patches = tokens_image = frames = tokens_clip = 0
+    if limits.images is not None and generic.patches_per_image:
+        rows, cols = limits.images.nearest_grid(*workload.image_size)
+        patches = rows * cols
+        tokens_image = round(generic.tokens_per_image * patches / generic.patches_per_image)
+    if limits.audio is not None and generic.frames_per_clip:
+        seconds = 30.0 if workload.audio_seconds is None else workload.audio_seconds
+        frames = limits.audio.nearest_frames(seconds)
+        tokens_clip = round(generic.tokens_per_clip * frames / generic.frames_per_clip)
+    images = _count(limits.images is not None, limits.rows is Rows.IMAGES, workload.images, 2)
+    wanted = None if workload.audio_seconds is None else int(workload.audio_seconds > 0)
+    clips = _count(limits.audio is not None, limits.rows is Rows.CLIPS, wanted, 1)
+    room = seq_len - 16
+    if workload.images is None and tokens_image:
+        images = max(0, min(images, room // tokens_image))
+    if workload.audio_seconds is None and tokens_clip:
+        clips = max(0, min(clips, (room - images * tokens_image) // tokens_clip))
+    needed = images * tokens_image + clips * tokens_clip
+    if needed >= seq_len:
+        raise InputError(
+            f"{images} images of {tokens_image} tokens and {clips} clips of {tokens_clip} tokens do not fit into "
+            f"--seq-len {seq_len}: use fewer or smaller images, or a longer sequence"
+        )
+    return SampleShape(
+        patches_per_image=patches,
+        tokens_per_image=tokens_image,
+        frames_per_clip=frames,
+        tokens_per_clip=tokens_clip,
+        images=images,
+        clips=clips,
+        seq_len=seq_len,
+    )
+
+
+def _count(takes: bool, per_row: bool, asked: int | None, default: int) -> int:
+    if not takes:
+        return 0
+    if per_row:
+        return 1
+    return default if asked is None else asked

@@ -1,0 +1,146 @@
+"""What a segment keeps for its backward under each recompute policy, and its peak of temporaries, by liveness."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import sympy
+from torch import Tensor, fx
+
+from omnicompile.capture.annotate import gradient_feeds
+from omnicompile.capture.classify import is_cheap, is_free, storage_of
+from omnicompile.capture.joint import JointGraph
+from omnicompile.capture.symbols import SizeReader
+from omnicompile.program import Expr, Recompute, Saved
+
+ZERO = sympy.Integer(0)
+
+
+@dataclass
+class Liveness:
+    """Results for one segment."""
+
+    saved: dict[Recompute, Saved]
+    forward_peak: Expr
+    backward_peak: Expr
+
+
+def _bytes(reader: SizeReader, nodes: Iterable[fx.Node]) -> Expr:
+    return sum((reader.nbytes(n.meta.get("val")) for n in nodes), ZERO)
+
+
+def _needed_by(joint: JointGraph, labels: frozenset[str]) -> dict[fx.Node, None]:
+    """Storages made by the forward (or flowing in) that backward calls for these gradients read."""
+    feeds = gradient_feeds(joint)
+    kept = set(joint.forward) | joint.differentiable - set(joint.params)
+    needed: dict[fx.Node, None] = {}
+    for node in joint.backward:
+        if feeds.get(node, frozenset()) & labels:
+            for source in node.all_input_nodes:
+                base = storage_of(source)
+                if base in kept and isinstance(base.meta.get("val"), Tensor):
+                    needed[base] = None
+    return needed
+
+
+def _selective(joint: JointGraph, needed: Iterable[fx.Node]) -> tuple[dict[fx.Node, None], set[fx.Node]]:
+    """Replace what is cheap to compute by what it is computed from: (stored, recomputed)."""
+    forward = set(joint.forward)
+    stored: dict[fx.Node, None] = {}
+    recomputed: set[fx.Node] = set()
+    stack = list(needed)
+    while stack:
+        node = storage_of(stack.pop())
+        if node in stored or node in recomputed or node in joint.params:
+            continue
+        if node in forward and is_cheap(_producer(node)):
+            recomputed.add(node)
+            stack.extend(node.all_input_nodes)
+        elif node in forward or node in joint.differentiable:
+            stored[node] = None
+    return stored, recomputed
+
+
+def _producer(node: fx.Node) -> fx.Node:
+    """The call that computes a value: for an element of a tuple, the call that returned the tuple."""
+    if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+        return node.args[0]
+    return node
+
+
+def _upstream(joint: JointGraph, needed: Iterable[fx.Node]) -> set[fx.Node]:
+    """Every forward call that the needed values come from."""
+    forward = set(joint.forward)
+    found: set[fx.Node] = set()
+    stack = list(needed)
+    while stack:
+        node = stack.pop()
+        if node in forward and node not in found:
+            found.add(node)
+            stack.extend(node.all_input_nodes)
+    return found
+
+
+def _policy(joint: JointGraph, reader: SizeReader, policy: Recompute, labels: frozenset[str]) -> tuple[Expr, set[fx.Node]]:
+    """(bytes kept, forward calls run again) for the gradients `labels`."""
+    needed = _needed_by(joint, labels)
+    if policy is Recompute.NONE or not needed:
+        return _bytes(reader, needed), set()
+    if policy is Recompute.FULL:
+        inputs = joint.differentiable - set(joint.params)
+        return _bytes(reader, (n for n in joint.activations if n in inputs)), _upstream(joint, needed)
+    stored, recomputed = _selective(joint, needed)
+    before, after = _bytes(reader, needed), _bytes(reader, stored)
+    if reader.magnitude(after) >= reader.magnitude(before):
+        return before, set()
+    return after, recomputed
+
+
+def _forward_peak(joint: JointGraph, reader: SizeReader, kept: set[fx.Node]) -> Expr:
+    """Largest sum of forward temporaries that are neither kept for the backward nor inputs."""
+    return _walk(joint.forward, reader, lambda node: node in kept)
+
+
+def _walk(calls: list[fx.Node], reader: SizeReader, skip) -> Expr:  # type: ignore[no-untyped-def]
+    """Peak over the calls of the bytes of their live results; `skip(node)` leaves a storage out."""
+    last_use: dict[fx.Node, int] = {}
+    for index, node in enumerate(calls):
+        for source in node.all_input_nodes:
+            last_use[storage_of(source)] = index
+    live: dict[fx.Node, Expr] = {}
+    total, peak, at_peak = 0.0, 0.0, ZERO
+    size: dict[fx.Node, float] = {}
+    for index, node in enumerate(calls):
+        if not is_free(node) or node.target is operator.getitem:
+            base = storage_of(node)
+            if base is node and not skip(node) and isinstance(node.meta.get("val"), Tensor):
+                live[node] = reader.nbytes(node.meta["val"])
+                size[node] = reader.magnitude(live[node])
+                total += size[node]
+        if total > peak:
+            peak, at_peak = total, sum(live.values(), ZERO)
+        for source in {storage_of(s) for s in node.all_input_nodes} | {node}:
+            if source in live and last_use.get(source, index) <= index:
+                total -= size[source]
+                del live[source]
+    return at_peak
+
+
+def analyse(joint: JointGraph, reader: SizeReader, fused_names: dict[fx.Node, str]) -> Liveness:
+    """fused_names: forward call -> name of the Op that it is part of."""
+    both, inputs_only = frozenset({"weight", "input"}), frozenset({"input"})
+    saved = {}
+    for policy in Recompute:
+        nbytes, again = _policy(joint, reader, policy, both)
+        frozen, _ = _policy(joint, reader, policy, inputs_only)
+        names = dict.fromkeys(fused_names[n] for n in joint.forward if n in again and n in fused_names)
+        saved[policy] = Saved(nbytes, frozen, tuple(names))
+    kept = set(_needed_by(joint, both)) | {storage_of(o) for o in joint.outputs}
+    weight_grads = {storage_of(g) for g in joint.weight_grads.values()}
+    return Liveness(
+        saved=saved,
+        forward_peak=_forward_peak(joint, reader, kept),
+        backward_peak=_walk(joint.backward, reader, lambda n: n in weight_grads),
+    )

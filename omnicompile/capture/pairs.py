@@ -1,0 +1,68 @@
+"""Query-key pairs of an attention call as an expression of the workload."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import sympy
+from torch import Tensor
+
+from omnicompile.capture.symbols import SizeReader
+from omnicompile.program import Expr, Sym
+
+_SQUARES = {Sym.S: Sym.S2, Sym.N: Sym.N2, Sym.A: Sym.A2}
+
+
+def attention_pairs(
+    reader: SizeReader,
+    q_shape: Sequence[int],
+    k_shape: Sequence[int],
+    bounds: tuple[Tensor | None, ...],
+    window: int,
+) -> Expr:
+    """Sum over segments of q_len * kv_len, not counting a causal mask.
+
+    bounds: cu_seqlens of queries and keys where they are known constants. A sliding window of w keys per query counts as
+    2 * w * tokens pairs, so that the causal half of it is what is computed.
+    """
+    q_len, kv_len = reader.dim(q_shape[2]), reader.dim(k_shape[2])
+    cu_q, cu_k = bounds
+    if cu_q is not None and cu_k is not None:
+        pairs = _segmented(reader, q_len, cu_q, cu_k)
+    else:
+        pairs = _batched(reader.dim(q_shape[0]), q_len, kv_len)
+    if window > 0:
+        return sympy.Min(pairs, 2 * window * reader.dim(q_shape[0]) * q_len)
+    return pairs
+
+
+def _batched(batch: Expr, q_len: Expr, kv_len: Expr) -> Expr:
+    """One segment per batch row. S * S is the sum of squared segment lengths: packed samples do not see one another."""
+    for symbol, square in _SQUARES.items():
+        if q_len.free_symbols == {symbol} and kv_len.free_symbols == {symbol} and not batch.free_symbols:
+            return batch * sympy.cancel(q_len * kv_len / symbol**2) * square
+    if q_len.free_symbols and kv_len.free_symbols:
+        # Cross attention between two packed sequences: each sample sees its own part.
+        return batch * q_len * kv_len / Sym.B
+    return batch * q_len * kv_len
+
+
+def _segmented(reader: SizeReader, q_tokens: Expr, cu_q: Tensor, cu_k: Tensor) -> Expr:
+    """Segments that are whole images (or clips) give their sum of squares; smaller ones are windows of fixed size."""
+    q_lens, k_lens = cu_q.diff().tolist(), cu_k.diff().tolist()
+    total = sum(q_lens)
+    if not total:
+        return sympy.Integer(0)
+    mean = sympy.Rational(sum(a * b for a, b in zip(q_lens, k_lens)), total)
+    for symbol, square in _SQUARES.items():
+        unit = _unit_length(reader, symbol)
+        if symbol in q_tokens.free_symbols and unit and (mean / unit).q <= 16 and (mean / unit).p <= 16:
+            return sympy.cancel(q_tokens / symbol) * (mean / unit) * square
+    return q_tokens * mean
+
+
+def _unit_length(reader: SizeReader, symbol: sympy.Symbol) -> int:
+    """Patches of one image, frames of one clip, tokens of the one sample."""
+    count = {Sym.N: Sym.I, Sym.A: Sym.C}.get(symbol)
+    value = reader.values.get(symbol, 0)
+    return value // max(1, reader.values.get(count, 1)) if count is not None else value
