@@ -81,7 +81,8 @@ def gemm_points() -> list[Point]:
             simumax = row["op"] == "group_matmul"
             experts, tokens = (numbers["ng"], numbers["m"]) if simumax else (numbers["groups"], numbers["m_per_group"])
             machine, dtype = ("a100pcie", "bfloat16") if simumax else ("h800", "float8")
-            points.append(_grouped(source + " grouped", machine, dtype, experts, tokens, numbers["n"], numbers["k"], row))
+            shape = (experts, tokens, numbers["n"], numbers["k"])
+            points.append(_grouped(source + " grouped", machine, dtype, *shape, row))
     for row in rows("kernels.csv"):
         if row["source"].startswith("EleutherAI") and re.search(r"\(4x\d+x\d+, b=2048\)", row["shape"]):
             k, n = (float(value) for value in re.findall(r"4x(\d+)x(\d+)", row["shape"])[0])
@@ -206,9 +207,7 @@ def collective_points(smallest: float = 2e6) -> list[Point]:
     return points
 
 
-def _collective(
-    label: str, kind: str, nbytes: float, ranks: int, nodes: int, machine: str, seconds: float
-) -> Point:
+def _collective(label: str, kind: str, nbytes: float, ranks: int, nodes: int, machine: str, seconds: float) -> Point:
     local = ranks // nodes
     return Point(label, seconds, lambda known: collective_seconds(kind, nbytes, ranks, local, known[machine]))
 
@@ -221,7 +220,7 @@ def _fabric(row: dict[str, str]) -> tuple[str | None, str]:
         return name, f"ml-engineering {name} x{row['gpus']}"
     if source.startswith("AWS"):
         if "EKS" in row["interconnect"] or gpu.startswith("A100"):
-            return None, ""  # an old plugin (a third of the rate of newer rows), 4 x 100 Gb/s: not the networks modelled
+            return None, ""  # an old plugin (a third of the rate of newer rows); 4 x 100 Gb/s: other networks
         return "h100", "AWS h100 x16"
     if source.startswith("CoreWeave"):
         return "h100", "CoreWeave h100 x64"
@@ -273,7 +272,7 @@ class Group:
         scale = np.maximum(np.abs(self.first), 1e-3)
         result = least_squares(
             residuals, self.first, bounds=(self.low, self.high), x_scale=scale, loss="soft_l1", f_scale=0.05,
-            diff_step=1e-3, max_nfev=40,
+            diff_step=np.full(len(self.first), 1e-3), max_nfev=40,
         )  # fmt: skip
         return [float(value) for value in result.x]
 
@@ -312,7 +311,8 @@ def report(group: Group, known: Machines, held_out: dict[str, list[float]]) -> N
     for source in dict.fromkeys(point.source for point in group.points):
         errors = [point.error(known) for point in group.points if point.source == source]
         print(_row(source, errors, held_out.get(source)))
-    print(_row("all", [point.error(known) for point in group.points], [e for v in held_out.values() for e in v] or None))
+    held = [error for errors in held_out.values() for error in errors]
+    print(_row("all", [point.error(known) for point in group.points], held or None))
 
 
 def hold_out(group: Group, known: Machines) -> dict[str, list[float]]:
@@ -329,7 +329,7 @@ def write(known: Machines) -> None:
     """Replace the fitted numbers in the hardware files, leaving comments and everything else as they are."""
     for name in ("a100", "h100", "h200", "h800", "b200"):
         path, hw = YAML / f"{name}.yaml", known[name]
-        values: dict[str, float] = {"intra_link": hw.intra_link.latency_seconds, "inter_link": hw.inter_link.latency_seconds}
+        values = {"intra_link": hw.intra_link.latency_seconds, "inter_link": hw.inter_link.latency_seconds}
         for part in (hw.gemm, hw.collective):
             values.update({key: value for key, value in vars(part).items() if isinstance(value, float)})
         text = path.read_text()

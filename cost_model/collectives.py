@@ -23,8 +23,8 @@ def collective_seconds(kind: str, nbytes: float, ranks: int, ranks_per_node: int
 
     nbytes: for all_gather, reduce_scatter, all_reduce and broadcast the full (gathered, unsharded) tensor; for
     all_to_all the local buffer of one rank (of which (ranks-1)/ranks leaves it); for send_recv the message.
-    A group of one rank, or no bytes, costs nothing. The other ranks of the node may run the same collective in groups of
-    their own at the same time: each GPU has its own NIC.
+    A group of one rank, or no bytes, costs nothing. The other ranks of the node may run the same collective in groups
+    of their own at the same time: each GPU has its own NIC.
     """
     if kind not in KINDS:
         raise InputError(f"unknown collective {kind!r}: known are {', '.join(KINDS)}")

@@ -1,6 +1,6 @@
 """Accelerators as data: `load_hardware("h100")` reads `hardware/h100.yaml`, or the file one gives.
 
-Every constant of the cost model that depends on the machine stands in such a file, with a comment on where it comes from.
+Every constant of the cost model that depends on the machine stands in such a file, with a comment on its source.
 """
 
 from __future__ import annotations
@@ -143,7 +143,8 @@ class Hardware:
     def with_attention_kernel(self, kernel: str) -> Hardware:
         """The same machine running another attention implementation; InputError if the file has none of that name."""
         if kernel not in self.attention:
-            raise InputError(f"{self.name} has no attention kernel {kernel!r}: its file lists {', '.join(self.attention)}")
+            known = ", ".join(self.attention)
+            raise InputError(f"{self.name} has no attention kernel {kernel!r}: its file lists {known}")
         return replace(self, attention_kernel=kernel)
 
     @property

@@ -62,14 +62,12 @@ def _all(repeat: Repeat) -> tuple[_Array, _Array]:
     return times.ravel(), np.tile(np.asarray(repeat.events.deltas), repeat.count)
 
 
-def _compressed(
-    repeat: Repeat, times_once: _Array, others: list[tuple[float, float]]
-) -> tuple[_Array, _Array] | None:
+def _compressed(repeat: Repeat, times_once: _Array, others: list[tuple[float, float]]) -> tuple[_Array, _Array] | None:
     """The occurrences without a stretch in the middle whose peak cannot be higher than what is before and after it.
 
-    With one step for all events, memory over the repeats is periodic plus a constant growth per period, so its peak is in
-    the first or the last whole period. A stretch of whole periods is left out and its growth put at the stretch's start.
-    None where that does not hold: different steps, few repeats, or other events inside the stretch.
+    With one step for all events, memory over the repeats is periodic plus a constant growth per period, so its peak is
+    in the first or the last whole period. A stretch of whole periods is left out, its growth put at its start. None
+    where that does not hold: different steps, few repeats, or other events inside the stretch.
     """
     step = repeat.steps[0]
     times = repeat.events.times

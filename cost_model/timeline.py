@@ -1,9 +1,10 @@
 """Evaluate a `Schedule`: when each task runs, what is exposed, and the peak of memory.
 
 A loop is a max-plus linear system, so its iterations soon repeat: every stream advances by a constant amount from one
-period (a few iterations) to the next. `simulate` runs iterations until that is so and then skips ahead as many periods as
-the order of arrivals provably cannot change in. Times are multiples of 2**-42 s, so sums and comparisons are exact (up to
-2,048 s), and the result equals that of running every iteration. Once a loop repeats, its count costs nothing.
+period (a few iterations) to the next. `simulate` runs iterations until that is so and then skips as many periods as the
+order of arrivals provably cannot change in. Times are multiples of 2**-42 s, so sums and comparisons are exact (up to
+2,048 s), and the result equals that of running every iteration. Once a loop repeats, its count costs nothing; only
+where streams advance at different rates are the allocations of every iteration sorted (by numpy) for the memory peak.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ class Timeline:
     """What a schedule takes.
 
     seconds: of the whole step. busy: seconds of work by stream. by_kind: seconds of work by task kind.
-    exposed: seconds in which the compute stream idles, by the kind of what it waits for (at the end of the step: of what
-    it still runs). hidden: the rest of the seconds of the kinds on other streams. peak_bytes: base_bytes included.
+    exposed: seconds in which the compute stream idles, by the kind of what it waits for (at the end of the step: of
+    what still runs). hidden: the rest of the seconds of the kinds on other streams. peak_bytes: base_bytes included.
     tasks: (name, stream, start, end, kind, block) of the iterations that were run one by one, if kept.
     busy["compute"] plus all of exposed equals seconds.
     """
@@ -45,8 +46,8 @@ def simulate(schedule: Schedule, hw: Hardware | None = None, keep_tasks: bool = 
 
     hw: if given, compute tasks are slowed by collectives beside them: in each loop by the factor
     1 + hw.contention_factor * min(1, communication seconds / compute seconds); if None, they are as given.
-    Raises ValueError for a schedule that is not well-formed: an unknown stream or dependency, a dependency of lag 0 on a
-    task listed later, a name used twice, a negative number.
+    Raises ValueError for a schedule that is not well-formed: an unknown stream or dependency, a dependency of lag 0 on
+    a task listed later, a name used twice, a negative number.
     """
     run = _Run(keep_tasks)
     if len({loop.name for loop in schedule.loops}) != len(schedule.loops):
@@ -61,11 +62,12 @@ class _Body:
     """A loop made ready to run: parallel lists over its tasks.
 
     deltas: positions of what a task waits for, relative to its own in the flat history (in-loop dependencies only).
-    lags: their lags. outside: positions in the history of what it waits for in earlier loops. previous: relative position
-    of the task before it on its stream, in this iteration or the one before.
+    lags: their lags. outside: positions in the history of what it waits for in earlier loops. previous: relative
+    position of the task before it on its stream, in this iteration or the one before.
     """
 
     loop: Loop
+    index: dict[str, int]
     streams: list[int]
     seconds: list[float]
     deltas: list[tuple[int, ...]]
@@ -74,6 +76,14 @@ class _Body:
     previous: list[int]
     max_lag: int
     memory: list[tuple[int, float, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Done:
+    """An earlier loop: its tasks' numbers by name, and the position of its last iteration (None: it had none)."""
+
+    index: dict[str, int]
+    base: int | None
 
 
 class _Run:
@@ -86,7 +96,7 @@ class _Run:
         self.kind: list[str] = []
         self.free = [0.0] * len(STREAMS)
         self.last = [-1] * len(STREAMS)
-        self.positions: dict[str, int] = {}  # "loop.task" -> position of its last iteration, -1 if it never ran
+        self.loops: dict[str, _Done] = {}
         self.busy = dict.fromkeys(STREAMS, 0.0)
         self.by_kind: dict[str, float] = {}
         self.off_compute: dict[str, float] = {}
@@ -96,7 +106,7 @@ class _Run:
         self.tasks: list[tuple[str, str, float, float, str, str]] | None = [] if keep_tasks else None
 
     def loop(self, loop: Loop, contention: float) -> None:
-        body = _prepare(loop, self.positions, contention)
+        body = _prepare(loop, self.loops, contention)
         self._account(body)
         size, done, window = len(loop.tasks), 0, 0
         kinds = [task.kind for task in loop.tasks]
@@ -110,9 +120,7 @@ class _Run:
                 if periods:
                     window = self._skip(body, period, periods, steps, exposed)
                     done += period * periods
-        base = len(self.end) - size
-        for i, task in enumerate(loop.tasks):
-            self.positions[f"{loop.name}.{task.name}"] = base + i if done else -1
+        self.loops[loop.name] = _Done(body.index, len(self.end) - size if done else None)
         for ledger in exposed:
             _add(self.exposed, ledger, 1)
 
@@ -146,6 +154,7 @@ class _Run:
         base = position = len(end)
         waits = body.deltas if iteration >= max(body.max_lag, 1) else _early_waits(body, iteration, base)
         gaps: list[tuple[float, float, int]] = []
+        add_start, add_end, add_binder = start.append, end.append, binder.append
         for stream, seconds, deltas in zip(body.streams, body.seconds, waits):
             before = begin = free[stream]
             bind = last[stream]
@@ -156,10 +165,10 @@ class _Run:
                     bind = position + delta
             if begin > before and stream == _COMPUTE:
                 gaps.append((before, begin, bind))
-            start.append(begin)
+            add_start(begin)
             free[stream] = begin = begin + seconds
-            end.append(begin)
-            binder.append(bind)
+            add_end(begin)
+            add_binder(bind)
             last[stream] = position
             position += 1
         self.kind += kinds
@@ -205,7 +214,7 @@ class _Run:
         return 0, 0, []
 
     def _steps(self, body: _Body, distance: int, block: int) -> list[float] | None:
-        """By how much each stream advanced over `distance` positions, if all its tasks in `block` iterations did alike."""
+        """By how much each stream advanced over `distance` positions, if all its tasks in `block` iterations agree."""
         end = self.end
         steps = [0.0] * len(STREAMS)
         for stream in set(body.streams):
@@ -240,9 +249,7 @@ class _Run:
                 return 0
         return int(min(limit, 2**62))
 
-    def _skip(
-        self, body: _Body, period: int, periods: int, steps: list[float], exposed: list[dict[str, float]]
-    ) -> int:
+    def _skip(self, body: _Body, period: int, periods: int, steps: list[float], exposed: list[dict[str, float]]) -> int:
         """Append the last iterations once more, `periods` periods later; returns how many."""
         size = len(body.streams)
         block = max(body.max_lag, period)
@@ -285,49 +292,42 @@ def _add(total: dict[str, float], part: Mapping[str, float], times: int) -> None
 
 def _early_waits(body: _Body, iteration: int, base: int) -> list[tuple[int, ...]]:
     """What tasks wait for while some lags reach before the loop, and (once) in earlier loops."""
-    waits = []
-    for i, (deltas, lags, outside) in enumerate(zip(body.deltas, body.lags, body.outside)):
-        inside = [delta for delta, lag in zip(deltas, lags) if lag <= iteration]
-        if iteration == 0:
-            inside += [position - base - i for position in outside if position >= 0]
-        waits.append(tuple(inside))
+    waits = body.deltas.copy()
+    for i, task in enumerate(body.loop.tasks):
+        if task.after:
+            inside = [delta for delta, lag in zip(body.deltas[i], body.lags[i]) if lag <= iteration]
+            if iteration == 0:
+                inside += [position - base - i for position in body.outside[i]]
+            waits[i] = tuple(inside)
     return waits
 
 
-def _prepare(loop: Loop, positions: Mapping[str, int], contention: float) -> _Body:
+def _prepare(loop: Loop, earlier: Mapping[str, _Done], contention: float) -> _Body:
     """Resolve names and check a loop."""
     tasks, size = loop.tasks, len(loop.tasks)
     index = {task.name: i for i, task in enumerate(tasks)}
+    latest: dict[int, int] = {}
     if len(index) != size:
         raise ValueError(f"loop {loop.name!r}: a task name is used twice")
     if loop.count < 0:
         raise ValueError(f"loop {loop.name!r}: count {loop.count}")
     numbers = {stream: i for i, stream in enumerate(STREAMS)}
     slow = 1.0 + contention * _overlap(loop)
-    body = _Body(loop, [], [], [], [], [], [], 0, [])
-    latest: dict[int, int] = {}
+    body = _Body(loop, index, [], [], [], [], [], [], 0, [])
     for i, task in enumerate(tasks):
         if task.stream not in numbers or task.seconds < 0 or task.alloc < 0 or task.free < 0:
             raise ValueError(f"task {loop.name}.{task.name}: unknown stream {task.stream!r} or a negative number")
         seconds = task.seconds * slow if task.stream == COMPUTE else task.seconds
         body.streams.append(numbers[task.stream])
         body.seconds.append(round(seconds * _QUANTA) / _QUANTA)
-        deltas, lags, outside = [], [], []
-        for dep in task.after:
-            if dep.name in index:
-                delta = index[dep.name] - i - dep.lag * size
-                if delta >= 0 or dep.lag < 0:
-                    raise ValueError(f"task {loop.name}.{task.name} waits for {dep.name}, which is listed later")
-                deltas.append(delta)
-                lags.append(dep.lag)
-            elif dep.name in positions and not dep.lag:
-                outside.append(positions[dep.name])
-            else:
-                raise ValueError(f"task {loop.name}.{task.name} waits for {dep.name} (lag {dep.lag}): no such task")
-        body.deltas.append(tuple(deltas))
-        body.lags.append(tuple(lags))
-        body.outside.append(tuple(outside))
-        body.max_lag = max(body.max_lag, *lags) if lags else body.max_lag
+        if task.after:
+            deltas, lags, outside = _resolve(loop, i, index, earlier)
+            body.max_lag = max(body.max_lag, *lags) if lags else body.max_lag
+        else:
+            deltas = lags = outside = ()
+        body.deltas.append(deltas)
+        body.lags.append(lags)
+        body.outside.append(outside)
         if task.alloc or task.free:
             body.memory.append((i, task.alloc, task.free))
     for i, stream in enumerate(body.streams):
@@ -336,6 +336,29 @@ def _prepare(loop: Loop, positions: Mapping[str, int], contention: float) -> _Bo
         body.previous.append(latest[stream] - i)
         latest[stream] = i
     return body
+
+
+def _resolve(
+    loop: Loop, i: int, index: Mapping[str, int], earlier: Mapping[str, _Done]
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """(deltas, lags, outside) of task number `i`; see `_Body`."""
+    task = loop.tasks[i]
+    deltas, lags, outside = [], [], []
+    for dep in task.after:
+        if dep.name in index:
+            delta = index[dep.name] - i - dep.lag * len(loop.tasks)
+            if delta >= 0 or dep.lag < 0:
+                raise ValueError(f"task {loop.name}.{task.name} waits for {dep.name}, which is listed later")
+            deltas.append(delta)
+            lags.append(dep.lag)
+            continue
+        other, _, name = dep.name.partition(".")
+        if other not in earlier or name not in earlier[other].index or dep.lag:
+            raise ValueError(f"task {loop.name}.{task.name} waits for {dep.name} (lag {dep.lag}): no such task")
+        base = earlier[other].base
+        if base is not None:
+            outside.append(base + earlier[other].index[name])
+    return tuple(deltas), tuple(lags), tuple(outside)
 
 
 def _overlap(loop: Loop) -> float:

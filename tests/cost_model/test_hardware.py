@@ -40,7 +40,7 @@ def test_aliases(alias: str, name: str) -> None:
 
 
 def test_unknown_name_lists_the_known() -> None:
-    with pytest.raises(InputError, match="unknown GPU 'mi300'.*a100, b200, h100, h200, h800"):
+    with pytest.raises(InputError, match=r"unknown GPU 'mi300'.*a100, b200, h100, h200, h800"):
         load_hardware("mi300")
 
 

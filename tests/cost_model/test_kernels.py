@@ -46,9 +46,7 @@ def test_gemm_is_above_the_roofline_and_grows(name: str, m: int, n: int, k: int,
         ("h800", "float8", 64, 7168, 16384, 336, 0.15),
     ],
 )
-def test_gemm_near_published(
-    name: str, dtype: str, m: int, n: int, k: int, published: float, tolerance: float
-) -> None:
+def test_gemm_near_published(name: str, dtype: str, m: int, n: int, k: int, published: float, tolerance: float) -> None:
     rate = teraflops(2 * m * n * k, gemm_seconds(m, n, k, 1, dtype, benchmark(name)))
     assert rate == pytest.approx(published, rel=tolerance)
 

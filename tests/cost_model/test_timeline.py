@@ -61,7 +61,7 @@ def schedules(draw: st.DrawFn, max_count: int = 40) -> Schedule:
             for _ in range(draw(st.integers(0, 2))):
                 lag = draw(st.integers(0 if i else 1, 3))
                 deps.append(Dep(f"t{draw(st.integers(0, i - 1 if lag == 0 else size - 1))}", lag))
-            if loops and draw(st.booleans()):
+            if draw(st.booleans()) and loops:
                 other = draw(st.sampled_from(loops))
                 deps.append(Dep(f"{other.name}.{draw(st.sampled_from(other.tasks)).name}"))
             tasks.append(
