@@ -114,7 +114,7 @@ class Targets:
 
 
 def find_targets(captured: CapturedForward) -> Targets | None:
-    """The targets of the graph's one cross-entropy; None if the loss is another, which then is not normalised globally."""
+    """The targets of the graph's one cross-entropy; None for another loss, which is then not normalised globally."""
     loss = torch.ops.aten.cross_entropy_loss.default
     found = [n for n in captured.gm.graph.nodes if n.target is loss]
     if len(found) != 1:

@@ -83,13 +83,19 @@ class HostProgram:
         mode = _CountingMode()
         with watch_layers(self.model, self._layers, mode):
             recording = self._run(batch, mode)
-        mode = _CountingMode()
-        with self._stubs():
-            short = self._run(batch, mode)
-        if len(short.crossings) != len(recording.crossings):
-            self._layers = {}  # a layer's host work depends on more than its inputs: enter them all
-            short = recording
-        self._first = short
+        self._first = self._short_run(batch, recording)
+        return recording
+
+    def _short_run(self, batch: Mapping[str, Any], recording: Recording) -> Recording:
+        """A run that skips quiet layers; all are entered from now on where skipping changes what happens."""
+        try:
+            with self._stubs():
+                short = self._run(batch, CrossingMode())
+        except Exception:  # the model looks into its layers, for router logits or hidden states, say
+            short = Recording()
+        if len(short.crossings) == len(recording.crossings):
+            return short
+        self._layers = {}
         return recording
 
     def replay(self, batch: Mapping[str, Any]) -> Recording:

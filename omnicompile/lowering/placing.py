@@ -25,7 +25,7 @@ def module_path(node: fx.Node) -> str:
 
 
 def assign_blocks(gm: fx.GraphModule, blocks: Collection[str], paths: dict[str, str]) -> None:
-    """Set node.meta["block"] on every node. paths: block name -> path prefix in the model ("" for what no other claims);
+    """Set node.meta["block"] on every node. paths: block name -> path prefix in the model ("" for what is left over);
     blocks without a path are found by the words in the module path. Values computed outside any module (placeholders)
     belong to the block of their first user."""
     main = next((b for b in blocks if paths.get(b) == ""), "text" if "text" in blocks else next(iter(blocks)))
@@ -50,6 +50,6 @@ def assign_blocks(gm: fx.GraphModule, blocks: Collection[str], paths: dict[str, 
 
 
 def token_dim(value: Tensor, lengths: Collection[int]) -> int | None:
-    """The one dimension of `value` that is as long as a sequence (`lengths`: tokens, patches); None if not just one is."""
+    """The one dimension of `value` that is as long as a sequence (`lengths`); None if not just one is."""
     dims = [dim for dim, size in enumerate(value.shape) if size in lengths and size > 1]
     return dims[0] if len(dims) == 1 else None

@@ -65,7 +65,7 @@ class LoadedProgram:
 
 
 def batch_signature(batch: Mapping[str, Any], training: bool) -> str:
-    """What decides the graph of a batch: names, shapes and dtypes of float tensors, shapes of token ids, plain values."""
+    """What decides the graph of a batch: names, dtypes, shapes of float tensors and of token ids, plain values."""
     lines = [f"training {training}"]
     for name in sorted(batch):
         value = batch[name]

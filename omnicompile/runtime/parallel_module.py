@@ -83,8 +83,8 @@ class _Step(torch.autograd.Function):
 class ParallelModule(nn.Module):
     """The model under a plan. Parameters are this rank's shards, under the model's own names.
 
-    Every rank calls it with its own micro-batch; ranks of one sp group with the same one. The loss is that of the global
-    batch, normalised by its target tokens.
+    Every rank calls it with its own micro-batch; ranks of one sp group with the same one. The loss is that of the
+    global batch, normalised by its target tokens.
     """
 
     def __init__(self, engine: Engine, specs: Mapping[str, ParamSpec], full: Mapping[str, Tensor]) -> None:
@@ -155,8 +155,8 @@ class ParallelModule(nn.Module):
     def accumulate(self, last: bool, targets: int | None = None) -> Iterator[None]:
         """Forwards inside are one micro-step of an accumulation window, `last` the one before the optimizer's step.
 
-        targets: `count_targets` of the window; every micro-step's loss is then its share of the window's, and the sum of
-        their gradients is the window's. Without it scale the losses as with any module.
+        targets: `count_targets` of the window; every micro-step's loss is then its share of the window's, and the sum
+        of their gradients is the window's. Without it scale the losses as with any module.
         """
         before = self._window
         self._window = Window(last, targets)

@@ -50,10 +50,10 @@ def parallelize(
 ) -> ParallelModule | PlainModule:
     """Distribute `model` under `plan` over the processes that torchrun started.
 
-    model: with its weights, the same on every rank; it is not changed. plan: None only with one process, where the plain
-    model is returned. device_type: "cuda", "cpu", or None for what there is. example_batch: a batch of the budget that
-    training batches have; its values do not matter. backend: "eager" runs the rewritten forward, "torch.compile" hands
-    it to torch.compile. master_dtype: of the stored parameters. segments: most images or windows in a batch.
+    model: with its weights, the same on every rank; it is not changed. plan: None only with one process, where the
+    plain model is returned. device_type: "cuda", "cpu", or None for what there is. example_batch: a batch of the budget
+    that training batches have; its values do not matter. backend: "eager" runs the rewritten forward, "torch.compile"
+    hands it to torch.compile. master_dtype: of the stored parameters. segments: most images or windows in a batch.
 
     Raises PlanError when the processes do not fit the plan, LoweringError when the plan cannot be executed or ranks
     disagree, CaptureError when the model cannot be traced.

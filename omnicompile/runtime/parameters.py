@@ -55,7 +55,7 @@ class ParameterStore:
         return {name: self.as_dtensor(name, value.detach()) for name, value in self.local.items()}
 
     def as_dtensor(self, name: str, local: Tensor) -> Tensor:
-        """`local` (a shard of parameter `name`, its gradient or an optimizer moment) as a DTensor of the whole shape."""
+        """`local`, a shard of parameter `name` (or of its gradient or a moment), as a DTensor of the whole shape."""
         spec = self.specs[name]
         if not spec.shards:
             return local
