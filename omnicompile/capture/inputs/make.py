@@ -16,15 +16,17 @@ from omnicompile.capture.inputs.types import ExampleInputs, InputConstraints, In
 from omnicompile.capture.inputs.vision import image_layouts
 from omnicompile.errors import CaptureError
 
+TOKEN_IDS = frozenset({"input_ids"})
 ORDINARY = frozenset({"input_ids", "labels", "position_ids", "decoder_input_ids"})
 _PROBE_SEQ_LEN = 211  # prime, and unlike any hidden size: it tells the text sequence from other dimensions
 _IMAGE, _AUDIO = 1, 2
 
 
-def make_inputs(model: nn.Module, sample: InputRequest) -> ExampleInputs:
+def make_inputs(model: nn.Module, sample: InputRequest, check: bool = True) -> ExampleInputs:
     """Arguments for `model`'s forward (with loss) with exactly the numbers of `sample`.
 
-    `model` may be on the meta device. Raises CaptureError where an input cannot be guessed, or where `sample` breaks the
+    `model` may be on the meta device. check: run the whole forward on fake tensors, and make host metadata of the token
+    ids where its control flow depends on them. Raises CaptureError where an input cannot be guessed, or where `sample` breaks the
     model's `input_constraints`.
     """
     facts = Facts.of(model)
@@ -49,7 +51,7 @@ def make_inputs(model: nn.Module, sample: InputRequest) -> ExampleInputs:
     kwargs = _text_arguments(facts, limits, rows, sample.seq_len, spans, towers)
     return ExampleInputs(
         kwargs=kwargs,
-        host=_host_names(kwargs),
+        host=_checked_host_names(facts, kwargs, sample.seq_len) if check else _host_names(kwargs),
         seq_len=sample.seq_len,
         rows=rows,
         images=sample.images if limits.images else 0,
@@ -112,6 +114,8 @@ def _choose(
     for layout in layouts:
         kwargs = _text_arguments(facts, limits, rows, length, spans, layout, probing=True)
         seen = observe(facts.model, kwargs, _host_names(kwargs), length)
+        if seen.depends_on_values:
+            seen = observe(facts.model, kwargs, _host_names(kwargs) | TOKEN_IDS, length)
         if seen.rows is not None:
             if seen.rows % count:
                 raise CaptureError(f"{count} equal {modality} inputs gave {seen.rows} features: give inputs()")
@@ -162,3 +166,9 @@ def _host_names(kwargs: dict[str, Any]) -> set[str]:
     return {n for n, v in kwargs.items() if isinstance(v, Tensor) and not v.is_floating_point()} - ORDINARY
 
 
+def _checked_host_names(facts: Facts, kwargs: dict[str, Any], seq_len: int) -> set[str]:
+    host = _host_names(kwargs)
+    seen = observe(facts.model, kwargs, host, seq_len, whole=True)
+    if seen.depends_on_values and observe(facts.model, kwargs, host | TOKEN_IDS, seq_len, whole=True).error is None:
+        return host | TOKEN_IDS
+    return host

@@ -24,6 +24,7 @@ from omnicompile.capture.repeats import record_repeats
 from omnicompile.capture.trace import fake_parameters, find_loss
 from omnicompile.torch_compat import FakeTensorMode, new_fake_mode
 
+_VALUE_ERRORS = {"GuardOnDataDependentSymNode", "DataDependentOutputException", "DynamicOutputShapeException"}
 _MASKED_SCATTERS = frozenset({Tensor.masked_scatter, Tensor.masked_scatter_, torch.masked_scatter})
 
 
@@ -39,6 +40,12 @@ class Observation:
     rows: int | None = None
     loss_dim: int | None = None
     error: Exception | None = None
+
+    @property
+    def depends_on_values(self) -> bool:
+        """Whether the forward ended because its control flow or shapes depend on the values of a fake tensor."""
+        names = {kind.__name__ for kind in type(self.error).__mro__} if self.error is not None else set()
+        return bool(names & _VALUE_ERRORS) or "only concrete integers" in str(self.error)
 
 
 class _Watch(TorchFunctionMode):
@@ -68,7 +75,8 @@ class _Watch(TorchFunctionMode):
             return None
         if not isinstance(source, Tensor) or not target.is_floating_point() or self.seq_len not in target.shape[:2]:
             return None
-        return int(source.numel() // target.shape[-1])
+        width = source.shape[-1] if source.dim() > 1 else target.shape[-1]
+        return int(source.numel() // width)
 
 
 def _selects_positions(index: Any) -> bool:
@@ -100,15 +108,22 @@ def _fake(value: Any, mode: FakeTensorMode) -> Any:
 
 @contextlib.contextmanager
 def _plain_state_restored(model: nn.Module) -> Iterator[None]:
-    """Attributes that a forward sets on modules (cached position offsets) would outlive their fake mode."""
-    before = {module: dict(module.__dict__) for module in model.modules()}
+    """In evaluation mode meanwhile (dropout changes no shape). Attributes that a forward sets on modules, such as cached
+    position offsets, would outlive their fake mode."""
+
+
+    def public(module: nn.Module) -> dict[str, Any]:
+        return {name: value for name, value in module.__dict__.items() if not name.startswith("_")}
+
+    before = {module: public(module) for module in model.modules()}
     try:
+        model.eval()
         yield
     finally:
         for module, attributes in before.items():
-            if module.__dict__ != attributes:
-                module.__dict__.clear()
-                module.__dict__.update(attributes)
+            for name in public(module).keys() - attributes.keys():
+                del module.__dict__[name]
+            module.__dict__.update(attributes)
 
 
 def observe(model: nn.Module, kwargs: Mapping[str, Any], host: set[str], seq_len: int, whole: bool = False) -> Observation:
@@ -118,8 +133,10 @@ def observe(model: nn.Module, kwargs: Mapping[str, Any], host: set[str], seq_len
     watch = _Watch(seq_len)
     values = {name: value if name in host else _fake(value, mode) for name, value in kwargs.items()}
     with contextlib.ExitStack() as stack:
-        for context in (value_checks_off(), fake_parameters(model, mode), anchored(model), record_repeats(model)):
+        for context in (value_checks_off(), _plain_state_restored(model), fake_parameters(model, mode)):
             stack.enter_context(context)
+        stack.enter_context(anchored(model))
+        stack.enter_context(record_repeats(model))
         try:
             with torch.no_grad(), mode, HostMode(), contextlib.nullcontext() if whole else watch:
                 loss = find_loss(model(**values))

@@ -90,6 +90,9 @@ def rope_positions(model: nn.Module, kwargs: dict[str, Any], text: Text) -> Tens
     if "attention_mask" in parameters:
         known["attention_mask"] = torch.ones_like(text.ids)
     given = {name: known[name] for name in parameters if name in known}
-    with torch.device("cpu"):
-        result = owner.get_rope_index(**given)  # type: ignore[operator]
+    try:
+        with torch.device("cpu"):
+            result = owner.get_rope_index(**given)  # type: ignore[operator]
+    except AttributeError:  # a configuration that lacks a token id which only this needs: the model's own default serves
+        return None
     return result[0] if isinstance(result, tuple) else result

@@ -34,7 +34,7 @@ class ImageFacts:
 def image_facts(facts: Facts) -> ImageFacts | None:
     """None for a model that takes no images."""
     pixels = facts.first_argument(*PIXELS)
-    if pixels is None:
+    if pixels is None or getattr(facts.config, "vision_config", "absent") is None:
         return None
     configs = facts.image_configs
     size = first_value(configs, "image_size", "force_image_size", "resolution", "img_size", "crop_size")
@@ -163,7 +163,7 @@ def _whole_images(
     facts: Facts, found: ImageFacts, images: int, grid: tuple[int, int], rows: int, seq_len: int
 ) -> Iterator[dict[str, Any]]:
     """[images, channels, height, width], with the dimensions that tiling models and padded batches add."""
-    height, width = grid[0] * found.patch, grid[1] * found.patch
+    height, width = _pixels(found, grid)
     image = (found.channels, height, width)
     extras = _extras(facts, found, images, grid, rows, seq_len)
     tiles = _tiles(facts, found)
@@ -172,7 +172,7 @@ def _whole_images(
     if tiles is not None:
         shapes.append((images, tiles[0], *image))
         extras["image_sizes"] = _long([list(tiles[1])] * images)
-    elif "image_sizes" in facts.arguments:
+    elif "image_sizes" in facts.arguments and not _has_fixed_positions(facts, found):
         extras["image_sizes"] = _long([[height, width]] * images)
     if "aspect_ratio_ids" in facts.arguments:
         shapes.append((rows, per_row, int(first_value(facts.image_configs, "max_num_tiles") or 1), *image))
@@ -182,6 +182,17 @@ def _whole_images(
         if "pixel_attention_mask" in facts.arguments and len(shape) == 5:
             masks["pixel_attention_mask"] = _ones(rows, per_row, height, width, dtype=torch.bool)
         yield {found.pixels: FloatSpec(shape, facts.dtype), **extras, **masks}
+    if "image_sizes" in extras:
+        plain = [tuple(row) for row in extras["image_sizes"].tolist()]
+        for shape in shapes:
+            yield {found.pixels: FloatSpec(shape, facts.dtype), **extras, "image_sizes": plain}
+
+
+def _pixels(found: ImageFacts, grid: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) in pixels of an image of `grid` patches; a native size need not be a multiple of the patch."""
+    if found.size is not None and grid == tuple(side // found.patch for side in found.size):
+        return found.size
+    return grid[0] * found.patch, grid[1] * found.patch
 
 
 def _extras(

@@ -1,0 +1,245 @@
+"""How many Hugging Face classes are captured and planned, at their default configuration and unmodified.
+
+Goes over every class of transformers' multimodal-LM and image-text-to-text mappings and every causal LM whose default
+configuration has experts. Stages: build (on the meta device), inputs, forward (fake, to a scalar loss), capture, plan.
+Prints how many succeed, with the reason for each that does not; writes benchmarks/results/coverage.json and .md.
+
+    python benchmarks/coverage.py [--until forward|capture|plan] [--only NAME ...] [--jobs 2]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import time
+import warnings
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+STAGES = ("build", "inputs", "forward", "capture", "plan")
+RESULTS = Path(__file__).parent / "results"
+SEQ_LEN, IMAGE_PIXELS, AUDIO_SECONDS = 4096, 448, 10.0
+EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
+
+
+@dataclass
+class Outcome:
+    """What became of one class. failed: the stage that failed, "" if all went well. seconds: per stage that ran."""
+
+    name: str
+    group: str
+    failed: str = ""
+    reason: str = ""
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def classes() -> list[tuple[str, str]]:
+    """(class name, group) of all classes to cover."""
+    from transformers.models.auto import modeling_auto as auto
+
+    found: dict[str, str] = {}
+    for group, mapping in (
+        ("multimodal-lm", auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES),
+        ("image-text-to-text", auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES),
+    ):
+        for value in mapping.values():
+            for name in value if isinstance(value, tuple | list) else [value]:
+                found.setdefault(name, group)
+    for name in dict.fromkeys(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
+        if name not in found and _has_experts(name):
+            found[name] = "moe-causal-lm"
+    return list(found.items())
+
+
+def _has_experts(name: str) -> bool:
+    import transformers
+
+    try:
+        config = getattr(transformers, name).config_class()
+        text = config.get_text_config()
+    except Exception:  # noqa: BLE001  a class that cannot be looked at is no mixture of experts that we know of
+        return False
+    return any(isinstance(n := getattr(text, f, None), int) and n > 1 for f in EXPERT_FIELDS)
+
+
+def _request(model: Any) -> Any:
+    from omnicompile.capture.inputs import InputRequest, input_constraints
+
+    limits = input_constraints(model)
+    images, audio = limits.images, limits.audio
+    return InputRequest(
+        seq_len=min(SEQ_LEN, limits.max_seq_len or SEQ_LEN),
+        images=2 if images else 0,
+        image_grid=images.nearest_grid(IMAGE_PIXELS, IMAGE_PIXELS) if images else None,
+        clips=2 if audio else 0,
+        audio_frames=audio.nearest_frames(AUDIO_SECONDS) if audio else None,
+    )
+
+
+def _build(name: str) -> Any:
+    import torch
+    import transformers
+
+    kind = getattr(transformers, name)
+    with torch.device("meta"):
+        return kind(kind.config_class()).to(torch.bfloat16)
+
+
+def _forward(model: Any, inputs: Any) -> None:
+    from omnicompile.capture.inputs.probe import observe
+
+    seen = observe(model, inputs.kwargs, inputs.host, inputs.seq_len, whole=True)
+    if seen.error is not None:
+        raise seen.error
+    if seen.loss_dim != 0:
+        raise ValueError(f"the loss has {seen.loss_dim} dimensions")
+
+
+def _capture(name: str) -> Any:
+    from omnicompile.capture.api import capture_program
+    from omnicompile.capture.source import ModelSource
+
+    return capture_program(ModelSource(name=name, build=lambda: _build(name)), _workload(), cache=False)
+
+
+def _workload() -> Any:
+    from omnicompile.workload import Workload
+
+    return Workload(seq_len=SEQ_LEN, image_size=(IMAGE_PIXELS, IMAGE_PIXELS), audio_seconds=None)
+
+
+def _plan(program: Any) -> None:
+    raise NotImplementedError
+
+
+def attempt(name: str, group: str, until: str) -> Outcome:
+    """Run one class through the stages, in this process."""
+    from omnicompile.capture.inputs import make_inputs
+
+    outcome = Outcome(name, group)
+    made: dict[str, Any] = {}
+    steps = {
+        "build": lambda: _build(name),
+        "inputs": lambda: make_inputs(made["build"], _request(made["build"])),
+        "forward": lambda: _forward(made["build"], made["inputs"]),
+        "capture": lambda: _capture(name),
+        "plan": lambda: _plan(made["capture"]),
+    }
+    for stage in STAGES[: STAGES.index(until) + 1]:
+        start = time.perf_counter()
+        try:
+            made[stage] = steps[stage]()
+        except Exception as error:  # noqa: BLE001  every reason is a result
+            outcome.failed = stage
+            outcome.reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        outcome.seconds[stage] = round(time.perf_counter() - start, 2)
+        if outcome.failed:
+            break
+    return outcome
+
+
+def _child(name: str, group: str, until: str, memory: int, pipe: Connection) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    sys.stderr = open(os.devnull, "w")
+    pipe.send(asdict(attempt(name, group, until)))
+
+
+def run_all(todo: list[tuple[str, str]], until: str, jobs: int, timeout: float, memory: int) -> list[Outcome]:
+    """Each class in a process of its own (forked, so that torch is imported once), `jobs` at a time."""
+    context = multiprocessing.get_context("fork")
+    running: list[tuple[str, str, Any, Any, float]] = []
+    outcomes: list[Outcome] = []
+    waiting = list(todo)
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            name, group = waiting.pop(0)
+            receive, send = context.Pipe(duplex=False)
+            process = context.Process(target=_child, args=(name, group, until, memory, send))
+            process.start()
+            send.close()
+            running.append((name, group, process, receive, time.monotonic()))
+        time.sleep(0.05)
+        for entry in list(running):
+            outcome = _finished(*entry, timeout=timeout)
+            if outcome is not None:
+                running.remove(entry)
+                outcomes.append(outcome)
+                state = f"{outcome.failed}: {outcome.reason}" if outcome.failed else "ok"
+                print(f"{len(outcomes)}/{len(todo)} {outcome.name} {state}", flush=True)
+    return outcomes
+
+
+def _finished(name: str, group: str, process: Any, pipe: Any, start: float, timeout: float) -> Outcome | None:
+    if pipe.poll():
+        try:
+            outcome = Outcome(**pipe.recv())
+        except EOFError:
+            process.join()
+            code = process.exitcode
+            killed = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
+            return Outcome(name, group, "process", f"ended by {killed}")
+        process.join()
+        return outcome
+    if time.monotonic() - start > timeout:
+        process.kill()
+        process.join()
+        return Outcome(name, group, "timeout", f"took more than {timeout:.0f} s")
+    return None
+
+
+def report(outcomes: list[Outcome], until: str) -> str:
+    """Markdown: counts per group, then each class that failed with its reason."""
+    import torch
+    import transformers
+
+    good = sum(not o.failed for o in outcomes)
+    lines = [
+        f"# Coverage up to `{until}`: {good} of {len(outcomes)} classes ({good / max(1, len(outcomes)):.0%})",
+        "",
+        f"transformers {transformers.__version__}, torch {torch.__version__}, default configurations, made by "
+        f"`python benchmarks/coverage.py --until {until}`.",
+        "",
+        "| group | classes | succeed |",
+        "|---|---|---|",
+    ]
+    groups = Counter(o.group for o in outcomes)
+    for group, count in groups.items():
+        lines.append(f"| {group} | {count} | {sum(not o.failed for o in outcomes if o.group == group)} |")
+    lines += ["", "| class | fails at | reason |", "|---|---|---|"]
+    for o in sorted(outcomes, key=lambda o: (o.failed, o.name)):
+        if o.failed:
+            lines.append(f"| {o.name} | {o.failed} | {o.reason.replace('|', '/')} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--until", choices=STAGES, default="plan")
+    parser.add_argument("--only", nargs="*", default=None, help="class names")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--timeout", type=float, default=120.0, help="seconds per class")
+    parser.add_argument("--memory", type=float, default=10.0, help="GiB of address space per class")
+    parser.add_argument("--trace", action="store_true", help="run the classes of --only in this process, with traceback")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    todo = [(n, g) for n, g in classes() if options.only is None or n in options.only]
+    outcomes = run_all(todo, options.until, options.jobs, options.timeout, int(options.memory * 2**30))
+    outcomes.sort(key=lambda o: o.name)
+    text = report(outcomes, options.until)
+    print(text)
+    if options.only is None:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / "coverage.json").write_text(json.dumps([asdict(o) for o in outcomes], indent=1) + "\n")
+        (RESULTS / "coverage.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()
