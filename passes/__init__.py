@@ -1,0 +1,42 @@
+"""Graph to graph: one pass per file, each adding the collectives of one kind of parallelism."""
+
+from __future__ import annotations
+
+from omnicompile.passes.expert_parallel import insert_expert_parallel_pass
+from omnicompile.passes.loss import normalise_loss_pass
+from omnicompile.passes.manager import Pass, run_passes
+from omnicompile.passes.parameters import shard_parameters_pass
+from omnicompile.passes.propagate import insert_sequence_parallel_pass
+from omnicompile.passes.rank_program import RankProgram, bind_groups
+from omnicompile.plan import Plan
+
+__all__ = ["FORWARD_PASSES", "RankProgram", "bind_groups", "lower_forward"]
+
+FORWARD_PASSES: tuple[Pass, ...] = (
+    Pass("loss", normalise_loss_pass, provides=frozenset({"global-loss"}), excludes=frozenset({"sequence"})),
+    Pass(
+        "sequence-parallel",
+        insert_sequence_parallel_pass,
+        requires=frozenset({"global-loss"}),
+        provides=frozenset({"sequence"}),
+        excludes=frozenset({"experts", "parameters"}),
+    ),
+    Pass(
+        "expert-parallel",
+        insert_expert_parallel_pass,
+        requires=frozenset({"sequence"}),
+        provides=frozenset({"experts"}),
+        excludes=frozenset({"parameters"}),
+    ),
+    Pass(
+        "parameters",
+        shard_parameters_pass,
+        requires=frozenset({"sequence", "experts"}),
+        provides=frozenset({"parameters"}),
+    ),
+)
+
+
+def lower_forward(program: RankProgram, plan: Plan | None = None) -> RankProgram:
+    """The rewritten forward of one rank; `program` is left as it was. Raises LoweringError for what cannot be lowered."""
+    return run_passes(program.copy(), FORWARD_PASSES, plan)

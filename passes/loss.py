@@ -1,0 +1,60 @@
+"""Losses normalised by the number of target tokens of the whole global batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from omnicompile.errors import LoweringError
+from omnicompile.passes.propagate import module_of, schema_values
+from omnicompile.passes.rank_program import InputSpec, RankProgram
+from omnicompile.plan import Plan
+
+_MEAN, _SUM = 1, 2
+COUNT = "num_targets"
+
+
+def normalise_loss_pass(program: RankProgram, plan: Plan | None = None) -> RankProgram:
+    """A mean over this rank's targets becomes a sum over the global count, which the runtime feeds.
+
+    Before: `l = cross_entropy_loss(logits, labels)`. After: `l = cross_entropy_loss(logits, labels, reduction=sum) /
+    num_targets`. Ranks have different numbers of targets, so the mean of means is not the mean; with the sum, the losses of
+    all ranks and micro-steps add up to the global mean, and so do the gradients.
+    """
+    means = [n for n in program.gm.graph.nodes if _is_mean(n)]
+    for node in means:
+        if schema_values(node)["weight"] is not None:
+            raise LoweringError(f"a class-weighted mean loss in {module_of(node)} is not supported: use reduction='sum'")
+        _rewrite(program, node, _count_input(program))
+    program.gm.graph.lint()
+    program.gm.recompile()
+    program.log.append(f"loss: {len(means)} means over targets became sums over the global count")
+    return program
+
+
+def _is_mean(node: fx.Node) -> bool:
+    is_loss = node.target is torch.ops.aten.cross_entropy_loss.default
+    return is_loss and schema_values(node)["reduction"] == _MEAN
+
+
+def _count_input(program: RankProgram) -> fx.Node:
+    placeholders = list(program.gm.graph.find_nodes(op="placeholder"))
+    for node in placeholders:
+        if node.name == COUNT:
+            return node
+    with program.gm.graph.inserting_after(placeholders[-1]):
+        node = program.gm.graph.placeholder(COUNT)
+    node.meta["val"] = placeholders[0].meta["val"].new_empty((), dtype=torch.float32)
+    program.inputs[node.name] = InputSpec(COUNT, "count")
+    return node
+
+
+def _rewrite(program: RankProgram, node: fx.Node, count: fx.Node) -> None:
+    values = schema_values(node)
+    values["reduction"] = _SUM
+    names = [argument.name for argument in torch.ops.aten.cross_entropy_loss.default._schema.arguments]
+    node.args, node.kwargs = tuple(values[name] for name in names), {}
+    with program.gm.graph.inserting_after(node):
+        mean = program.gm.graph.call_function(torch.ops.aten.div.Tensor, (node, count))
+    mean.meta = dict(node.meta)
+    node.replace_all_uses_with(mean, delete_user_cb=lambda user: user is not mean)

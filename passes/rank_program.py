@@ -1,0 +1,204 @@
+"""What the passes work on: the forward graph of one rank, with what its placeholders mean.
+
+Groups of ranks are named by axes strings, resolved late: "sp"; "dp_shard,sp"; "dp_replicate,dp_shard,sp"; "dp_replicate";
+"ep" (consecutive ranks); "ep_rest" (the dp_shard * sp / ep ranks that hold the same experts); "dp_replicate,ep_rest".
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import fx
+
+from omnicompile.passes.placement import Placement
+from omnicompile.plan import BlockPlan, Mesh
+
+GROUP_PREFIX = "axes:"  # of a group argument that is not bound yet
+DATA_AXES = "dp_replicate,dp_shard,sp"
+
+
+@dataclass(frozen=True)
+class ShardSpec:
+    """Stored as this rank's chunk, of ceil(size / ranks) along `dim`, zero-padded so that all ranks hold equal shapes."""
+
+    axes: str
+    dim: int
+
+
+@dataclass(frozen=True)
+class ParamSpec:
+    """A parameter placeholder. `shape` is the whole parameter's. After lowering the placeholder takes the stored shard:
+    `shards` are applied in order; the gradient must still be summed over each group in `reduce_axes` after the backward."""
+
+    name: str
+    shape: tuple[int, ...]
+    trainable: bool = True
+    dtype: torch.dtype = torch.float32
+    shards: tuple[ShardSpec, ...] = ()
+    reduce_axes: tuple[str, ...] = ()
+
+    def local_shape(self, mesh: Mesh) -> tuple[int, ...]:
+        shape = list(self.shape)
+        for shard in self.shards:
+            shape[shard.dim] = -(-shape[shard.dim] // axis_size(mesh, shard.axes))
+        return tuple(shape)
+
+    def local_of(self, full: torch.Tensor, mesh: Mesh, rank: int) -> torch.Tensor:
+        """What `rank` stores of the whole parameter."""
+        value = full
+        for shard in self.shards:
+            size = axis_size(mesh, shard.axes)
+            chunk = -(-value.shape[shard.dim] // size)
+            start = min(axis_coordinate(mesh, shard.axes, rank) * chunk, value.shape[shard.dim])
+            part = value.narrow(shard.dim, start, min(chunk, value.shape[shard.dim] - start))
+            padded = list(value.shape)
+            padded[shard.dim] = chunk
+            whole = value.new_zeros(padded)
+            whole.narrow(shard.dim, 0, part.shape[shard.dim]).copy_(part)
+            value = whole
+        return value.clone()
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """A placeholder that is no parameter.
+
+    kind: "input" (a float tensor of the batch), "host" (metadata made on the host), "buffer" (of the model), "count"
+    (number of target tokens over all ranks and micro-steps, 0-d float32) or "rank" (this rank's coordinate in the group
+    `name`, 0-d int64). token_dim: the dimension that runs along the tokens or patches of its block, where cutting starts.
+    """
+
+    name: str
+    kind: str
+    token_dim: int | None = None
+
+
+@dataclass
+class RankProgram:
+    """The forward graph of one rank. Before lowering: every placeholder whole, shapes of one SP group's micro-batch.
+
+    blocks: by the names in node.meta["block"]. params / inputs: by placeholder name. param_dtype: compute dtype, None for
+    the stored one. reduce_dtype: of the gradient reductions. groups: axes strings in use. outputs: placement of every
+    output over sp; the first is the loss and Partial over all data ranks.
+    """
+
+    gm: fx.GraphModule
+    mesh: Mesh
+    blocks: dict[str, BlockPlan]
+    params: dict[str, ParamSpec]
+    inputs: dict[str, InputSpec]
+    param_dtype: torch.dtype | None = None
+    reduce_dtype: torch.dtype | None = None
+    notes: list[str] = field(default_factory=list)
+    groups: set[str] = field(default_factory=set)
+    outputs: tuple[Placement, ...] = ()
+    log: list[str] = field(default_factory=list)
+    done: tuple[str, ...] = ()
+
+    def group(self, axes: str) -> str:
+        """The group argument of a collective over `axes`, to be bound late."""
+        self.groups.add(axes)
+        return GROUP_PREFIX + axes
+
+    def output_nodes(self) -> tuple[fx.Node, ...]:
+        (output,) = self.gm.graph.find_nodes(op="output")
+        values = output.args[0]
+        return tuple(values) if isinstance(values, tuple | list) else (values,)  # type: ignore[arg-type]
+
+    def block_of(self, node: fx.Node) -> BlockPlan:
+        name = node.meta.get("block")
+        return self.blocks[name] if name in self.blocks else self.main_block()
+
+    def main_block(self) -> BlockPlan:
+        """The block of the loss."""
+        name = self.output_nodes()[0].meta.get("block")
+        return self.blocks[name] if name in self.blocks else next(iter(self.blocks.values()))
+
+    def copy(self) -> RankProgram:
+        """A program whose graph may be changed without changing this one's."""
+        graph = fx.Graph()
+        memo: dict[fx.Node, fx.Node] = {}
+        output = graph.graph_copy(self.gm.graph, memo)
+        graph.output(output)
+        for old, new in memo.items():
+            new.meta = copy.copy(old.meta)
+        module = fx.GraphModule(self.gm, graph)
+        return replace(
+            self, gm=module, params=dict(self.params), inputs=dict(self.inputs), notes=list(self.notes),
+            groups=set(self.groups), log=list(self.log),
+        )  # fmt: skip
+
+
+def _axis_names(axes: str) -> list[str]:
+    return axes.split(",")
+
+
+def _axis_sizes(mesh: Mesh) -> dict[str, int]:
+    inner = mesh.dp_shard * mesh.sp
+    return {
+        "dp_replicate": mesh.dp_replicate,
+        "dp_shard": mesh.dp_shard,
+        "sp": mesh.sp,
+        "ep": mesh.ep,
+        "ep_rest": inner // mesh.ep,
+    }
+
+
+def _coordinates(mesh: Mesh, rank: int) -> dict[str, int]:
+    inner = mesh.dp_shard * mesh.sp
+    within = rank % inner
+    return {
+        "dp_replicate": rank // inner,
+        "dp_shard": within // mesh.sp,
+        "sp": within % mesh.sp,
+        "ep": within % mesh.ep,
+        "ep_rest": within // mesh.ep,
+    }
+
+
+def axis_size(mesh: Mesh, axes: str) -> int:
+    sizes = _axis_sizes(mesh)
+    return math.prod(sizes[name] for name in _axis_names(axes))
+
+
+def axis_coordinate(mesh: Mesh, axes: str, rank: int) -> int:
+    """The place of `rank` in its group over `axes`, the first axis named being the slowest."""
+    sizes, coordinates = _axis_sizes(mesh), _coordinates(mesh, rank)
+    place = 0
+    for name in _axis_names(axes):
+        place = place * sizes[name] + coordinates[name]
+    return place
+
+
+def group_ranks(mesh: Mesh, axes: str, rank: int) -> tuple[int, ...]:
+    """The ranks of the group over `axes` that `rank` belongs to, by their place in it."""
+    names = _axis_names(axes)
+    folded = any(name.startswith("ep") for name in names)
+    others = ["dp_replicate", "ep_rest", "ep"] if folded else ["dp_replicate", "dp_shard", "sp"]
+    mine = _coordinates(mesh, rank)
+    members = []
+    for other in range(mesh.dp_replicate * mesh.dp_shard * mesh.sp):
+        theirs = _coordinates(mesh, other)
+        if all(theirs[name] == mine[name] for name in others if name not in names):
+            members.append(other)
+    return tuple(sorted(members, key=lambda r: axis_coordinate(mesh, axes, r)))
+
+
+def bind_groups(gm: fx.GraphModule, names: Mapping[str, str]) -> fx.GraphModule:
+    """Put real process group names in the place of axes strings, in place. Raises KeyError for a group without a name."""
+
+    def bound(value: object) -> object:
+        if isinstance(value, str) and value.startswith(GROUP_PREFIX):
+            return names[value.removeprefix(GROUP_PREFIX)]
+        return value
+
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and any(isinstance(a, str) for a in [*node.args, *node.kwargs.values()]):
+            node.args = tuple(bound(a) for a in node.args)
+            node.kwargs = {k: bound(v) for k, v in node.kwargs.items()}
+    gm.recompile()
+    return gm
