@@ -239,7 +239,7 @@ def with_collectives(known: Machines, x: Sequence[float]) -> Machines:
         collective = replace(
             hw.collective, base_seconds=x[0] * 1e-6, ramp_bytes=x[2] * 1e6, ramp_power=x[3],
             ring=x[4] if name.startswith("a100") else x[5], nvls=nvls, inter_ramp_bytes=x[9] * 1e6, inter=x[10],
-            all_to_all_intra=hw.collective.all_to_all_intra if name == "h800" else x[7],
+            all_to_all_intra=x[7] if name.startswith("a100") else hw.collective.all_to_all_intra,
         )  # fmt: skip
         intra = Link(hw.intra_link.bytes_per_second, x[1] * 1e-6)
         inter = Link(hw.inter_link.bytes_per_second, x[8] * 1e-6)
