@@ -93,7 +93,9 @@ def _dtype(model: nn.Module) -> str:
     return str(max(set(floats), key=floats.count)).removeprefix("torch.") if floats else "float32"
 
 
-def _segment(region: Region, joint: JointGraph, reader: SizeReader, traced: TracedForward, params: tuple[Param, ...]) -> Segment:
+def _segment(
+    region: Region, joint: JointGraph, reader: SizeReader, traced: TracedForward, params: tuple[Param, ...]
+) -> Segment:
     module = region.kind.path if region.kind is not None else ""
     annotator = Annotator(joint, reader, traced.constants, module)
     fused = {node: group[-1].name for group in fuse(joint.forward) for node in group}
@@ -160,7 +162,7 @@ def _params(
     for name in own:
         shared = names.canonical[name]
         tied = shared if claimed.setdefault(shared, region.name) != region.name or shared != name else ""
-        tied = tied if tied and tied != name or claimed[shared] != region.name else ""
+        tied = tied if (tied and tied != name) or claimed[shared] != region.name else ""
         result.append(Param(name, names.shapes[name], expert=name in expert, tied_to=tied))
     if region.kind is not None:
         for path in instance_paths(region.kind, repeats):

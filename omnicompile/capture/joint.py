@@ -113,7 +113,9 @@ def _fresh(mode: FakeTensorMode, value: Any, requires_grad: bool) -> Any:
     return new.requires_grad_(requires_grad)
 
 
-def trace_joint(traced: TracedForward, region: Region, differentiable: set[fx.Node], mode: FakeTensorMode) -> JointGraph:
+def trace_joint(
+    traced: TracedForward, region: Region, differentiable: set[fx.Node], mode: FakeTensorMode
+) -> JointGraph:
     """Trace the forward and backward of a region. `differentiable`: from `needs_gradient`."""
     segment = extract(region)
     values, trained = [], []
@@ -122,7 +124,9 @@ def trace_joint(traced: TracedForward, region: Region, differentiable: set[fx.No
         grad = node in differentiable and isinstance(value, Tensor) and value.is_floating_point()
         if node.name in traced.constants:
             value = traced.constants[node.name]
-        values.append(value if isinstance(value, Tensor) and node.name in traced.constants else _fresh(mode, value, grad))
+        values.append(
+            value if isinstance(value, Tensor) and node.name in traced.constants else _fresh(mode, value, grad)
+        )
         trained.append(grad)
     out_grad = [n in differentiable and n.meta["val"].is_floating_point() for n in segment.outputs]
     tangents = [_fresh(mode, n.meta["val"], False) for n, g in zip(segment.outputs, out_grad) if g]

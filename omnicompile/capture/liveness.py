@@ -83,7 +83,9 @@ def _upstream(joint: JointGraph, needed: Iterable[fx.Node]) -> set[fx.Node]:
     return found
 
 
-def _policy(joint: JointGraph, reader: SizeReader, policy: Recompute, labels: frozenset[str]) -> tuple[Expr, set[fx.Node]]:
+def _policy(
+    joint: JointGraph, reader: SizeReader, policy: Recompute, labels: frozenset[str]
+) -> tuple[Expr, set[fx.Node]]:
     """(bytes kept, forward calls run again) for the gradients `labels`."""
     needed = _needed_by(joint, labels)
     if policy is Recompute.NONE or not needed:

@@ -126,7 +126,7 @@ def _kind_blocks(traced: TracedForward, modality: dict[fx.Node, frozenset[str]],
 
 
 def _kind_name(kind: LayerKind, block: str, kinds: list[LayerKind]) -> str:
-    """"vision.blocks", or "vision.blocks@7" when the list holds several kinds, 7 being the first of this one."""
+    """ "vision.blocks", or "vision.blocks@7" when the list holds several kinds, 7 being the first of this one."""
     parts = kind.path.split(".")
     owner = parts[-2] if len(parts) > 1 else "layers"
     siblings = [k for k in kinds if k.path.split(".")[:-1] == parts[:-1]]
@@ -180,8 +180,6 @@ def find_regions(traced: TracedForward) -> Regions:
     blocks = list(dict.fromkeys(r.block for r in ordered))
     blocks.sort(key=lambda b: b == "text")
     return Regions(ordered, blocks, of_node)
-
-
 
 
 def _cut_outside(

@@ -1,0 +1,163 @@
+"""`capture_program`: a model source and a workload to a Program, through an on-disk cache."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omnicompile.capture.source import ModelSource
+from omnicompile.errors import CaptureError
+from omnicompile.program import Program, SampleShape
+from omnicompile.workload import Workload
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from omnicompile.capture.inputs.types import ExampleInputs, InputConstraints
+
+Progress = Callable[[str], None]
+# Raise it when a Program of an older version of this package would be wrong.
+CACHE_VERSION = 1
+
+
+def silent(_: str) -> None:
+    """A progress function that says nothing."""
+
+
+@dataclass(frozen=True)
+class Capture:
+    """What is cached: the Program, and what turns another workload into its sample shape.
+
+    limits / generic are None for models with their own inputs(), which are planned at those inputs only.
+    """
+
+    program: Program
+    limits: InputConstraints | None
+    generic: ExampleInputs | None
+
+    def for_workload(self, workload: Workload) -> Program:
+        """The Program with the sample of `workload`."""
+        if self.limits is None or self.generic is None:
+            return self.program
+        from omnicompile.capture.generic import sample_shape
+
+        return replace(self.program, sample=sample_shape(self.limits, self.generic, workload))
+
+
+def capture_program(
+    source: ModelSource, workload: Workload, cache: bool = True, progress: Progress = silent
+) -> Program:
+    """Trace the model that `source` names, or take it from the cache.
+
+    The same model is captured once for all sequence lengths, image sizes and numbers of images. Raises CaptureError or
+    InputError.
+    """
+    path = _cache_path(source, workload) if cache and source.cacheable else None
+    found = _load(path) if path is not None else None
+    if found is None:
+        found = _capture(source, workload, progress)
+        if path is not None:
+            _store(path, found)
+    else:
+        progress("taken from the capture cache")
+    return found.for_workload(workload)
+
+
+def capture_model(model: nn.Module, workload: Workload, name: str = "", progress: Progress = silent) -> Program:
+    """Trace a model object (on any device; its weights are not touched). Nothing is cached."""
+    title = name or type(model).__name__
+    return _capture_module(model, workload, title, title, progress).for_workload(workload)
+
+
+def _capture(source: ModelSource, workload: Workload, progress: Progress) -> Capture:
+    progress("building the model without weights")
+    model = source.build_meta()
+    if source.inputs is not None:
+        return _capture_with_inputs(model, source, workload, progress)
+    return _capture_module(model, workload, source.name, source.spec, progress)
+
+
+def _capture_module(model: nn.Module, workload: Workload, name: str, spec: str, progress: Progress) -> Capture:
+    from omnicompile.capture.build import build_program
+    from omnicompile.capture.generic import generic_request, generic_sizes, sample_shape
+    from omnicompile.capture.inputs import input_constraints, make_inputs
+    from omnicompile.capture.trace import trace_forward
+
+    model.train()
+    limits = input_constraints(model)
+    wanted = generic_request(limits, workload)
+    progress("making example inputs")
+    generic = make_inputs(model, wanted.request, check=False)
+    progress("tracing the forward")
+    try:
+        traced = trace_forward(model, generic.kwargs, generic.host)
+    except CaptureError:
+        # Control flow that reads token ids needs them as metadata; finding that out takes a forward of its own.
+        checked = make_inputs(model, wanted.request, check=True)
+        if checked.host == generic.host:
+            raise
+        generic = checked
+        traced = trace_forward(model, generic.kwargs, generic.host)
+    sample = sample_shape(limits, generic, workload)
+    program = build_program(model, traced, generic_sizes(generic, wanted), sample, name, spec, progress)
+    return Capture(program, limits, replace(generic, kwargs={}))
+
+
+def _capture_with_inputs(model: nn.Module, source: ModelSource, workload: Workload, progress: Progress) -> Capture:
+    from omnicompile.capture.build import build_program
+    from omnicompile.capture.trace import trace_forward
+    from omnicompile.capture.user_inputs import batch_scaled, split_user_inputs
+
+    assert source.inputs is not None
+    progress("tracing the forward")
+    kwargs = source.inputs(workload)
+    given = split_user_inputs(kwargs)
+    model.train()
+    traced = trace_forward(model, given.kwargs, given.host)
+    sample = SampleShape(seq_len=given.seq_len, images=given.images, clips=given.clips)
+    program = build_program(model, traced, [], sample, source.name, source.spec, progress)
+    return Capture(batch_scaled(program), None, None)
+
+
+def _cache_directory() -> Path:
+    root = os.environ.get("OMNICOMPILE_CACHE") or os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(root) / "omnicompile"
+
+
+def _cache_path(source: ModelSource, workload: Workload) -> Path:
+    """Keyed by all that a capture depends on. Of the workload that is what cannot be put in afterwards: the length of
+    text rows that a model binds, and everything for a model with its own inputs()."""
+    parts: list[Any] = [CACHE_VERSION, source.spec, source.source_digest, version("torch"), version("transformers")]
+    parts += [version("omnicompile"), workload.seq_len if source.inputs is None else workload.to_dict()]
+    if source.inputs is None:
+        parts[-1] = min(workload.seq_len, 4096)
+    digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+    return _cache_directory() / f"{digest}.capture"
+
+
+def _load(path: Path) -> Capture | None:
+    """A cached capture; None if there is none or it cannot be read (then it is captured again)."""
+    try:
+        data = path.read_bytes()
+        found = pickle.loads(data)
+    except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ImportError, TypeError, ValueError, IndexError):
+        return None
+    return found if isinstance(found, Capture) else None
+
+
+def _store(path: Path, capture: Capture) -> None:
+    """Written whole or not at all; a cache that cannot be written is no error."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(pickle.dumps(capture))
+        os.replace(file.name, path)
+    except OSError:
+        return
