@@ -15,6 +15,7 @@ from omnicompile.errors import InputError
 from omnicompile.lowering.host_program import is_host_input
 from omnicompile.passes.rank_program import ParamSpec
 from omnicompile.runtime.agreement import step_agreement
+from omnicompile.runtime.budget import Budget
 from omnicompile.runtime.engine import LABELS, Engine, LoadedProgram, batch_signature
 from omnicompile.runtime.parameters import ParameterStore, add_parameter, clip_grad_norm
 
@@ -87,9 +88,12 @@ class ParallelModule(nn.Module):
     global batch, normalised by its target tokens.
     """
 
-    def __init__(self, engine: Engine, specs: Mapping[str, ParamSpec], full: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, engine: Engine, specs: Mapping[str, ParamSpec], full: Mapping[str, Tensor], budget: Budget
+    ) -> None:
         super().__init__()
         self.engine = engine
+        self.budget = budget
         self.store = ParameterStore(engine.mesh, specs)
         self.store.fill(full)
         for name, parameter in self.store.local.items():
@@ -117,9 +121,10 @@ class ParallelModule(nn.Module):
     def _prepare(self, batch: Mapping[str, Any], logits: bool) -> tuple[LoadedProgram, dict[str, Tensor]]:
         """The program for this batch and its inputs, after all ranks have agreed on them."""
         engine = self.engine
-        signature = batch_signature(batch, self.training)
-        count, values, error = 0, {}, None
+        count, values, error, signature = 0, {}, None, ""
         try:
+            batch = self.budget.fill(to_host(batch))
+            signature = batch_signature(batch, self.training)
             capture = engine.capture(batch, signature)
             values = capture.inputs.prepare(batch)
             count = capture.targets.count(values) if capture.targets is not None else 0
@@ -143,7 +148,8 @@ class ParallelModule(nn.Module):
     def count_targets(self, batches: Sequence[Mapping[str, Any]]) -> int:
         """Target tokens of these micro-batches over all ranks: `targets` of an accumulation window (a collective)."""
         count = 0
-        for batch in batches:
+        for given in batches:
+            batch = self.budget.fill(to_host(given))
             capture = self.engine.capture(batch, batch_signature(batch, self.training))
             if capture.targets is not None:
                 count += capture.targets.count(capture.inputs.prepare(batch))

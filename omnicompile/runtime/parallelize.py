@@ -14,6 +14,7 @@ from omnicompile.lowering.driver import Lower, default_lower
 from omnicompile.lowering.graph_capture import DEFAULT_SEGMENTS
 from omnicompile.plan import Plan
 from omnicompile.runtime.agreement import require_same
+from omnicompile.runtime.budget import Budget
 from omnicompile.runtime.engine import Engine, LoadedProgram, batch_signature
 from omnicompile.runtime.mesh import build_mesh, pick_device
 from omnicompile.runtime.parallel_module import ParallelModule, to_host
@@ -76,7 +77,8 @@ def parallelize(
     engine = Engine(model, plan, mesh, lower, _BACKENDS[backend], master_dtype, segments, block_paths)
     batch = to_host(example_batch)
     loaded = engine.program(batch, batch_signature(batch, model.training), logits=False)
-    module = ParallelModule(engine, loaded.program.params, dict(model.named_parameters()))
+    budget = Budget.of(model, batch)
+    module = ParallelModule(engine, loaded.program.params, dict(model.named_parameters()), budget)
     return module.train(model.training)
 
 
