@@ -14,8 +14,12 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "is_plain_host_tensor",
+    "local_ranks_mode",
     "new_fake_mode",
+    "on_each_rank",
     "outside_tracing",
+    "ranked",
+    "start_fake_group",
 ]
 
 
@@ -40,3 +44,41 @@ def outside_tracing() -> Iterator[None]:
     """Run what is inside for real, although a fake mode, a proxy mode or a torch-function mode is active."""
     with unset_fake_temporarily(), disable_proxy_modes_tracing(), torch._C.DisableTorchFunction():
         yield
+
+
+def local_ranks_mode(world: int) -> contextlib.AbstractContextManager[object]:
+    """Many ranks in one process: inside, operators on `ranked` tensors run once per rank, collectives between them.
+
+    Starts a fake process group of `world` ranks if there is none.
+    """
+    from torch.distributed._local_tensor import LocalTensorMode
+
+    start_fake_group(world)
+    return LocalTensorMode(world)
+
+
+def start_fake_group(world: int) -> None:
+    """A default process group of `world` ranks that does not communicate; replaces a fake group of another size."""
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if dist.is_initialized():
+        if dist.get_world_size() == world and dist.get_backend() == "fake":
+            return
+        dist.destroy_process_group()
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+
+
+def ranked(values: list[torch.Tensor]) -> torch.Tensor:
+    """One tensor that holds `values[r]` on rank r, for use under `local_ranks_mode`."""
+    from torch.distributed._local_tensor import LocalTensor
+
+    return LocalTensor(dict(enumerate(values)))  # type: ignore[arg-type]
+
+
+def on_each_rank(value: torch.Tensor) -> list[torch.Tensor]:
+    """What each rank holds of a `ranked` tensor, by rank."""
+    from torch.distributed._local_tensor import LocalTensor
+
+    assert isinstance(value, LocalTensor)
+    return [value._local_tensors[rank] for rank in sorted(value._local_tensors)]  # type: ignore[attr-defined]

@@ -239,7 +239,7 @@ class Propagation:
 
     def _op_call(self, node: fx.Node, tensors: list[fx.Node]) -> OpCall:
         values = schema_values(node)
-        return OpCall(node, operator_name(node), values, {t: self._effective(t) for t in tensors}, self.ranks)
+        return OpCall(node, operator_name(node).split("::")[-1], values, {t: self._effective(t) for t in tensors}, self.ranks)
 
     def _best(self, call: OpCall, choices: list[Choice]) -> tuple[Choice | None, float]:
         """The cheapest choice and how much it goes against virtual cuts; None for running the operator whole."""

@@ -67,7 +67,7 @@ class ParamSpec:
 class InputSpec:
     """A placeholder that is no parameter.
 
-    kind: "input" (a float tensor of the batch), "host" (metadata made on the host), "buffer" (of the model), "count"
+    kind: "input" (a float tensor of the batch), "host" (metadata made on the host), "buffer" (of the model), "constant", "count"
     (number of target tokens over all ranks and micro-steps, 0-d float32) or "rank" (this rank's coordinate in the group
     `name`, 0-d int64). token_dim: the dimension that runs along the tokens or patches of its block, where cutting starts.
     """

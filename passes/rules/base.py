@@ -39,7 +39,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class OpCall:
-    """A call of an operator on one mesh axis of `ranks` ranks. `values`: arguments by name with defaults filled in,
+    """A call of an operator on one mesh axis of `ranks` ranks. `name`: without namespace. `values`: arguments by name with defaults filled in,
     tensors as graph nodes. `placements`: what each tensor node has (or could have for nothing, see propagate.py)."""
 
     node: fx.Node
