@@ -1,0 +1,345 @@
+"""The exact optimum of the simulated step time under the memory bound.
+
+Plans are simulated in the order of a lower bound of their time, until the next bound exceeds the best simulated time:
+no plan left can be better. Three things keep the number of simulations small, none of which can lose the optimum:
+
+- Memory is a sum over blocks at each moment, so plans that do not fit are dropped exactly, without simulation.
+- Keeping activations takes no longer than offloading them or recomputing them, nor recomputing less than recomputing
+  more, a whole loss head than a chunked one, the optimizer on the GPU than one in host memory: such a *saver* only adds
+  tasks and waits to the same schedule. So a plan is skipped if it differs from one that fits in more savers only.
+- Per block, an option that saves less and yet takes no more memory at any moment replaces the other.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from omnicompile.cost_model.step_model import StepModel
+from omnicompile.cost_model.step_price import DTYPE_BYTES
+from omnicompile.cost_model.step_units import StepOptions
+from omnicompile.plan import LossHead, Plan, Sharding
+from omnicompile.planner.predict import capacity, predict
+from omnicompile.planner.space import Point, Space
+from omnicompile.planner.tables import BOUNDS, BlockTable, Option, TableMaker
+from omnicompile.program import Phase, Program, Recompute
+
+Progress = Callable[[str], None]
+Saver = tuple[int, ...]
+Family = tuple[object, ...]
+_SLACK = 1e-9
+"""Relative and absolute (seconds) rounding allowed between a bound and a simulation."""
+_ORDER = {Recompute.NONE: 0, Recompute.SELECTIVE: 1, Recompute.FULL: 2}
+
+
+@dataclass(frozen=True)
+class Combination:
+    """A choice of one option per block (in the order of the program's blocks) at a point."""
+
+    point: Point
+    options: tuple[Option, ...]
+    offload_optimizer: bool
+
+    @property
+    def savers(self) -> Saver:
+        """Offloading and recompute of the optimizer, the loss head and each block: a larger one is never faster."""
+        values: list[int] = [int(self.offload_optimizer)]
+        for option in self.options:
+            values += _savers(option)
+        return tuple(values)
+
+    @property
+    def family(self) -> Family:
+        """What else the combination chooses."""
+        return (self.point, *((o.plan.sharding, o.plan.layout) for o in self.options))
+
+
+@dataclass
+class Solution:
+    """best: simulated plans, fastest first. explored: plans in the space. simulated: how many of them were."""
+
+    best: list[Plan] = field(default_factory=list)
+    explored: int = 0
+    simulated: int = 0
+    fitting: int = 0
+
+
+def _savers(option: Option) -> Saver:
+    return (int(option.loss_head is LossHead.CHUNKED), int(option.plan.offload), _ORDER[option.plan.recompute])
+
+
+def saves_no_more(left: Saver, right: Saver) -> bool:
+    """Whether `left` is at most as slow as `right` for certain. Both as in `Combination.savers` or `_savers`.
+
+    With offloading on, recomputing more also moves less, so recompute then compares only with itself.
+    """
+    start = len(left) % 3
+    if any(a > b for a, b in zip(left[:start], right[:start])):
+        return False
+    for i in range(start, len(left), 3):
+        if left[i] > right[i] or left[i + 1] > right[i + 1] or left[i + 2] > right[i + 2]:
+            return False
+        if left[i + 1] and left[i + 2] != right[i + 2]:
+            return False
+    return True
+
+
+class Solver:
+    """Searches one space. `base` gives what every plan has in common (model, cluster, workload, dtypes)."""
+
+    def __init__(self, space: Space, base: Plan, model: StepModel) -> None:
+        self.space = space
+        self.base = base
+        self.model = model
+        self.maker = TableMaker(model, space.frozen)
+        self.capacity = capacity(model)
+        self.nested = recompute_is_nested(space.program)
+        self._blocks = [b.name for b in space.program.blocks]
+        self._heads = {s.block for s in space.program.segments if s.logits is not None}
+        self._work_options: dict[tuple[str, int, int], list[Option]] = {}
+
+    def solve(self, top: int = 1, progress: Progress | None = None) -> Solution:
+        """The `top` fastest plans that fit, of which the first is optimal; none if no plan fits."""
+        solution = Solution()
+        queue: list[tuple[float, int, _Candidates]] = []
+        for number, point in enumerate(self.space.points):
+            candidates = self._candidates(point, solution)
+            if candidates is not None:
+                heapq.heappush(queue, (candidates.bound, number, candidates))
+        if progress:
+            progress(f"{solution.explored} plans in {len(self.space.points)} meshes and micro-batches")
+        self._best_first(queue, top, solution)
+        if progress:
+            progress(f"{solution.simulated} plans simulated, {solution.fitting} fit")
+        return solution
+
+    def _best_first(self, queue: list[tuple[float, int, _Candidates]], top: int, solution: Solution) -> None:
+        seen: dict[Family, list[Saver]] = {}
+        ranked: list[tuple[float, Saver, str, Plan]] = []
+        while queue:
+            bound, number, candidates = queue[0]
+            if len(ranked) >= top and bound > ranked[top - 1][0]:
+                break
+            combination = candidates.pop()
+            if candidates.empty:
+                heapq.heappop(queue)
+            else:
+                heapq.heapreplace(queue, (candidates.bound, number, candidates))
+            known = seen.setdefault(combination.family, [])
+            savers = combination.savers
+            if self.nested and any(saves_no_more(other, savers) for other in known):
+                continue
+            known.append(savers)
+            plan = self.plan_of(combination)
+            prediction = predict(plan, self.model)
+            solution.simulated += 1
+            plan = replace(plan, prediction=prediction)
+            ranked.append((prediction.step_seconds, savers, plan_key(plan), plan))
+            ranked.sort(key=lambda entry: entry[:3])
+        solution.best = [entry[3] for entry in ranked[:top]]
+
+    def plan_of(self, combination: Combination) -> Plan:
+        heads = [o.loss_head for o, b in zip(combination.options, self._blocks) if b in self._heads]
+        return replace(
+            self.base,
+            mesh=combination.point.mesh,
+            blocks={b: o.plan for b, o in zip(self._blocks, combination.options)},
+            micro_batch=combination.point.micro_batch,
+            accumulation=combination.point.accumulation,
+            loss_head=heads[0] if heads else self.space.loss_heads[0],
+            offload_optimizer=combination.offload_optimizer,
+        )
+
+    def tables(self, point: Point, offload_optimizer: bool) -> list[BlockTable] | None:
+        """One table per block, or None if some block has no option at this point."""
+        step = StepOptions(
+            point.micro_batch,
+            LossHead.FULL,
+            DTYPE_BYTES[self.base.param_dtype],
+            DTYPE_BYTES[self.base.reduce_dtype],
+        )
+        tables = []
+        for block in self._blocks:
+            options = self._options(block, point)
+            shardings = self.space.shardings(block, point.mesh)
+            if not options or not shardings:
+                return None
+            tables.append(self.maker.table(block, point.mesh, options, shardings, step, offload_optimizer))
+        return tables
+
+    def _options(self, block: str, point: Point) -> list[Option]:
+        key = (block, point.mesh.sp, point.mesh.ep)
+        if key not in self._work_options:
+            heads = self.space.loss_heads if block in self._heads else [LossHead.FULL]
+            plans = self.space.work_options(block, point.mesh)
+            self._work_options[key] = [Option(plan, head) for plan, head in itertools.product(plans, heads)]
+        return self._work_options[key]
+
+    def _candidates(self, point: Point, solution: Solution) -> _Candidates | None:
+        """What fits at a point, ordered by bound."""
+        parts = []
+        for offload_optimizer in self.space.offload_optimizer:
+            tables = self.tables(point, offload_optimizer)
+            if tables is None:
+                continue
+            explored = 1
+            for table in tables:
+                explored *= len(table.options)
+            solution.explored += explored
+            reduced = [_undominated(table) if self.nested else table for table in tables]
+            bounds, picks = self._join(reduced, point, self.capacity)
+            if len(bounds):
+                parts.append((bounds, picks, reduced, offload_optimizer))
+        if not parts:
+            return None
+        candidates = _Candidates(point, parts)
+        solution.fitting += candidates.size
+        return candidates
+
+    def _join(
+        self, tables: list[BlockTable], point: Point, limit: float
+    ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """Bounds and option indices of all combinations whose memory is within `limit`."""
+        bounds, memory = np.zeros((1, BOUNDS)), np.zeros((1, tables[0].memory.shape[1]))
+        picks, has_hsdp = np.zeros((1, 0), dtype=np.int64), np.zeros(1, dtype=bool)
+        least = [table.memory.min(axis=0) for table in tables]
+        for i, table in enumerate(tables):
+            size, options = len(bounds), len(table.options)
+            total = (memory[:, None, :] + table.memory[None, :, :]).reshape(size * options, -1)
+            rest = sum(least[i + 1 :])
+            kept = np.flatnonzero((total + rest).max(axis=1) <= limit)
+            left, right = kept // options, kept % options
+            memory = total[kept]
+            bounds = bounds[left] + table.bounds[right]
+            picks = np.concatenate([picks[left], right[:, None]], axis=1)
+            hsdp = np.array([o.plan.sharding is Sharding.HSDP for o in table.options])
+            has_hsdp = has_hsdp[left] | hsdp[right]
+        half = BOUNDS // 2
+        seconds = (point.accumulation - 1) * bounds[:, :half].max(axis=1) + bounds[:, half:].max(axis=1)
+        if self.space.needs_replicas(point.mesh):
+            return seconds[has_hsdp], picks[has_hsdp]
+        return seconds, picks
+
+    def leanest(self) -> tuple[Plan, float] | None:
+        """The plan that needs the least memory, and its bytes without context and slack; None if there is no plan."""
+        best: tuple[float, Combination] | None = None
+        for point, combination_peak in self._leanest_by_point():
+            if best is None or combination_peak[0] < best[0]:
+                best = combination_peak
+                assert combination_peak[1].point == point
+        return None if best is None else (self.plan_of(best[1]), best[0])
+
+    def feasible(self) -> bool:
+        """Whether any plan fits."""
+        return any(peak <= self.capacity for _, (peak, _) in self._leanest_by_point())
+
+    def _leanest_by_point(self) -> Iterator[tuple[Point, tuple[float, Combination]]]:
+        for point in self.space.points:
+            for offload_optimizer in self.space.offload_optimizer:
+                tables = self.tables(point, offload_optimizer)
+                if tables is not None:
+                    yield point, self._leanest_at(point, tables, offload_optimizer)
+
+    @staticmethod
+    def _leanest_at(point: Point, tables: list[BlockTable], offload_optimizer: bool) -> tuple[float, Combination]:
+        """The combination with the lowest peak; whether hsdp occurs does not matter, as fsdp needs no more memory."""
+        memory = np.zeros((1, tables[0].memory.shape[1]))
+        picks = np.zeros((1, 0), dtype=np.int64)
+        for table in tables:
+            kept = _pareto(table.memory)
+            total = (memory[:, None, :] + table.memory[None, kept, :]).reshape(-1, memory.shape[1])
+            picks = np.concatenate(
+                [np.repeat(picks, len(kept), axis=0), np.tile(kept, len(picks))[:, None]], axis=1
+            )
+            memory = total
+        index = int(np.argmin(memory.max(axis=1)))
+        options = tuple(table.options[i] for table, i in zip(tables, picks[index]))
+        return float(memory[index].max()), Combination(point, options, offload_optimizer)
+
+
+class _Candidates:
+    """Combinations of one point in the order of their bounds."""
+
+    def __init__(
+        self,
+        point: Point,
+        parts: list[tuple[NDArray[np.float64], NDArray[np.int64], list[BlockTable], bool]],
+    ) -> None:
+        self._point = point
+        self._parts = parts
+        bounds = np.concatenate([part[0] for part in parts])
+        self._source = np.repeat(np.arange(len(parts)), [len(part[0]) for part in parts])
+        self._row = np.concatenate([np.arange(len(part[0])) for part in parts])
+        self._bounds = bounds * (1 - _SLACK) - _SLACK
+        self._order = np.argsort(self._bounds, kind="stable")
+        self._next = 0
+
+    @property
+    def size(self) -> int:
+        return len(self._order)
+
+    @property
+    def empty(self) -> bool:
+        return self._next >= len(self._order)
+
+    @property
+    def bound(self) -> float:
+        return float(self._bounds[self._order[self._next]])
+
+    def pop(self) -> Combination:
+        index = self._order[self._next]
+        self._next += 1
+        _, picks, tables, offload_optimizer = self._parts[self._source[index]]
+        row = picks[self._row[index]]
+        return Combination(self._point, tuple(t.options[i] for t, i in zip(tables, row)), offload_optimizer)
+
+
+def _undominated(table: BlockTable) -> BlockTable:
+    """Without options that some other option of equal sharding and layout beats in savers and memory."""
+    kept: list[int] = []
+    families: dict[tuple[object, ...], list[int]] = {}
+    for i, option in enumerate(table.options):
+        families.setdefault((option.plan.sharding, option.plan.layout), []).append(i)
+    for members in families.values():
+        savers = {i: _savers(table.options[i]) for i in members}
+        for i in members:
+            if not any(
+                j != i and saves_no_more(savers[j], savers[i]) and (table.memory[j] <= table.memory[i]).all()
+                for j in members
+            ):
+                kept.append(i)
+    return BlockTable(tuple(table.options[i] for i in kept), table.bounds[kept], table.memory[kept])
+
+
+def _pareto(memory: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Rows that no other row is below everywhere (of equal rows the first)."""
+    order = np.argsort(memory.sum(axis=1), kind="stable")
+    kept: list[int] = []
+    for i in order:
+        if not any((memory[k] <= memory[i]).all() for k in kept):
+            kept.append(int(i))
+    return np.array(kept, dtype=np.int64)
+
+
+def recompute_is_nested(program: Program) -> bool:
+    """Whether each recompute policy runs again all that the weaker ones do, so that it cannot be faster."""
+    for segment in program.segments:
+        names = [set(segment.saved[policy].recompute_ops) for policy in _ORDER]
+        forward = {op.name for op in segment.phase_ops(Phase.FORWARD)}
+        again = [n & forward for n in names]
+        if not again[0] <= again[1] <= again[2]:
+            return False
+    return True
+
+
+def plan_key(plan: Plan) -> str:
+    """A total order of plans that are equally fast."""
+    mesh = plan.mesh
+    numbers = (mesh.dp_replicate, mesh.sp, mesh.ep, plan.accumulation)
+    blocks = "/".join(f"{b.sharding}:{b.layout}:{b.recompute}:{b.offload}" for b in plan.blocks.values())
+    return "/".join(f"{n:06d}" for n in numbers) + "/" + blocks
