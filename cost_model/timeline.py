@@ -256,13 +256,11 @@ class _Run:
         shifts = [step * periods for step in steps]
         first = len(self.end) - block * size
         offset = block * size
-        for position in range(first, first + offset):
-            shift = shifts[body.streams[(position - first) % size]]
-            self.start.append(self.start[position] + shift)
-            self.end.append(self.end[position] + shift)
-            bind = self.binder[position]
-            self.binder.append(bind + offset if bind >= first else bind)
-            self.kind.append(self.kind[position])
+        by_task = [shifts[stream] for stream in body.streams] * block
+        self.start += [time + shift for time, shift in zip(self.start[first:], by_task)]
+        self.end += [time + shift for time, shift in zip(self.end[first:], by_task)]
+        self.binder += [bind + offset if bind >= first else bind for bind in self.binder[first:]]
+        self.kind += self.kind[first:]
         for stream in set(body.streams):
             self.free[stream] += shifts[stream]
             self.last[stream] += offset
