@@ -21,7 +21,7 @@ from omnicompile.workload import Workload
 if TYPE_CHECKING:
     import torch
 
-    from omnicompile.cost_model.simulate import simulate
+    from omnicompile.planner.predict import simulate
     from omnicompile.recipe import load_recipe
     from omnicompile.runtime.parallelize import parallelize
 
@@ -41,7 +41,7 @@ __all__ = [
 _LAZY: Mapping[str, str] = {
     "load_recipe": "omnicompile.recipe",
     "parallelize": "omnicompile.runtime.parallelize",
-    "simulate": "omnicompile.cost_model.simulate",
+    "simulate": "omnicompile.planner.predict",
 }
 
 

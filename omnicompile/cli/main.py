@@ -8,7 +8,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import NoReturn, Protocol
 
@@ -53,7 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = _parser().parse_args(arguments)
         command: Command = import_module(f"omnicompile.cli.{args.command}")  # type: ignore[assignment]
-        return command.run(args)
+        if debug:
+            return command.run(args)
+        with _libraries_quiet():
+            return command.run(args)
     except SystemExit as stop:  # argparse: --help, or an argument error
         return stop.code if isinstance(stop.code, int) else 2
     except KeyboardInterrupt:
@@ -99,6 +104,16 @@ def _parser() -> argparse.ArgumentParser:
         command.add_arguments(sub)
         sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
+
+
+@contextmanager
+def _libraries_quiet() -> Iterator[None]:
+    """Without the warnings of torch and transformers about how they were called."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read once, when transformers is imported
+    with warnings.catch_warnings():
+        if not sys.warnoptions:
+            warnings.simplefilter("ignore")
+        yield
 
 
 def _one_line(error: BaseException) -> str:
