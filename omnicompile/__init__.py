@@ -57,7 +57,7 @@ def plan(  # type: ignore[no-redef]
 
     model: what the command line takes (a path or an import name), a module, or a function that builds one.
     pins: choices to keep, such as `{"vision.sp": 1, "mesh.sp": 4}`.
-    config: a config.json, for a model named by its class.
+    config: a config.json, for a model named by its class. workload: None takes that of the model's file, if any.
     Raises InputError, CaptureError, PlanError or InfeasibleError.
     """
     from omnicompile.capture.source import source_of
@@ -66,7 +66,8 @@ def plan(  # type: ignore[no-redef]
 
     source = source_of(model, None if config is None else str(config))
     texts = check_pins({key: str(value) for key, value in (pins or {}).items()})
-    result = plan_source(source, cluster, workload, texts, top=1, cache=source.cacheable, progress=lambda line: None)
+    load = workload or source.workload or Workload()
+    result = plan_source(source, cluster, load, texts, top=1, cache=source.cacheable, progress=lambda line: None)
     return result.plans[0]
 
 

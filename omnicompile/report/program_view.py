@@ -17,13 +17,18 @@ from omnicompile.report.units import bytes_text, count_text, flops_text
 
 Values = dict[sympy.Symbol, float]
 SYMBOL_WORDS = ((Sym.S, "tokens"), (Sym.I, "images"), (Sym.N, "patches"), (Sym.C, "clips"), (Sym.A, "audio frames"))
+LEGEND = (
+    "forward, backward: FLOPs, attention without the causal discount",
+    "saved: kept for the backward without recompute; selective, full: with it",
+)
 COLUMNS = ("", "count", "params", "forward", "backward", "saved", "selective", "full")
 
 
 def program_text(program: Program, values: Values, width: int | None = None, color: bool = False) -> str:
     """The report of `omnicompile inspect`: per segment the sum over its instances, for one sample on one device."""
-    parts: list[RenderableType] = [_title(program), Text("  " + _sample_words(values), style="dim"), Text("")]
-    parts.append(_tree(program, values))
+    parts: list[RenderableType] = [_title(program)]
+    parts += [Padding(Text(line, style="dim"), (0, 0, 0, 2)) for line in (_sample_words(values), *LEGEND)]
+    parts += [Text(""), _tree(program, values)]
     if program.edges:
         parts.append(Text("\nBetween blocks", style="bold cyan"))
     for edge in program.edges:
@@ -42,9 +47,7 @@ def _title(program: Program) -> Text:
 
 def _sample_words(values: Values) -> str:
     shown = [f"{values[symbol]:,.0f} {word}" for symbol, word in SYMBOL_WORDS if values.get(symbol)]
-    return (
-        "one sample of " + ", ".join(shown) + "; FLOPs without the causal discount; saved: bytes kept for the backward"
-    )
+    return "one sample of " + ", ".join(shown) + ", on one device"
 
 
 def _tree(program: Program, values: Values) -> Table:
