@@ -229,7 +229,7 @@ class Propagation:
             return
         choice, against = self._best(call, rule(call))
         if choice is None:
-            self._whole(node)
+            self._whole_and_back(node)
         elif whole and (against >= _LOSES_CUT or not _all_float(node)):
             keep = against < _LOSES_CUT
             self._set(node, *(REPLICATE for _ in choice.outputs))
@@ -260,11 +260,17 @@ class Propagation:
             sent += self._cost(node, actual, target, nbytes)
             if isinstance(actual, Replicate):
                 against += _against(self.virtual[node][0], target)
+        value = call.node.meta["val"]
+        first = value[0] if isinstance(value, tuple | list) else value
+        nbytes = first.numel() * first.element_size() if isinstance(first, torch.Tensor) else 0
         if choice.restore is not None and sent < math.inf:
-            value = call.node.meta["val"]
-            first = value[0] if isinstance(value, tuple | list) else value
-            sent += cost(choice.outputs[0], choice.restore, first.numel() * first.element_size(), self.ranks)
+            sent += cost(choice.outputs[0], choice.restore, nbytes, self.ranks)
+        if all(isinstance(p, Replicate) for p in choice.outputs) and self._any_cut(call.node):
+            sent += nbytes  # what follows would be computed by every rank
         return sent, against
+
+    def _any_cut(self, node: fx.Node) -> bool:
+        return any(isinstance(self.actual[t][0], Shard) for t in self._tensors(node))
 
     def _cost(self, node: fx.Node, actual: Placement, target: Placement, nbytes: float) -> float:
         if isinstance(target, Shard) and not divides(node_shape(node), target, self.ranks) and actual != target:
@@ -287,11 +293,14 @@ class Propagation:
             raise LoweringError(
                 f"{operator_name(node)} in {module_of(node)} has a result whose size depends on the data, and no placement rule"
             )
+        if not whole:
+            self.program.notes.append(f"{operator_name(node)} in {module_of(node)} has no placement rule: runs whole on every rank")
+        self._whole_and_back(node)
+
+    def _whole_and_back(self, node: fx.Node) -> None:
+        """Run on whole inputs; a result of the shape of a cut input is cut like it again, which is free."""
         before = {t: self.actual[t][0] for t in self._tensors(node)}
         self._whole(node)
-        if whole:
-            return
-        self.program.notes.append(f"{operator_name(node)} in {module_of(node)} has no placement rule: runs whole on every rank")
         value = node.meta["val"]
         if isinstance(value, torch.Tensor):
             for tensor, placement in before.items():
