@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from omnicompile.cost_model import timeline
-from omnicompile.cost_model.memory import KINDS, MemoryLayout, Table, overhead_bytes, peak_breakdown
+from omnicompile.cost_model.memory import MemoryLayout, Table, overhead_bytes, peak_breakdown
 from omnicompile.cost_model.step_model import BlockCost, StepModel
 from omnicompile.cost_model.step_numbers import OpNumbers
 from omnicompile.cost_model.step_schedule import Step, step_of_blocks
@@ -31,10 +31,8 @@ def simulate(program: Program, plan: Plan, model: StepModel | None = None) -> Pl
 def predict(plan: Plan, model: StepModel) -> Prediction:
     """The prediction for a plan that is known to be consistent."""
     blocks = model.plan_blocks(plan)
-    step = step_of_blocks(model.program, blocks, plan.accumulation, model.hardware.contention_factor)
-    last = timeline.simulate(step.last)
-    micro = timeline.simulate(step.micro) if step.accumulation > 1 else last
-    seconds = step_seconds(micro.seconds, last.seconds, step.accumulation)
+    step, micro, last = _run(plan, model, blocks)
+    seconds = _step_seconds(micro, last, step)
     memory, by_block = memory_of(plan, model, blocks)
     tokens = plan.global_batch * model.program.sample.seq_len
     gpus = plan.cluster.gpus
@@ -52,8 +50,22 @@ def predict(plan: Plan, model: StepModel) -> Prediction:
     )
 
 
-def step_seconds(micro: float, last: float, accumulation: int) -> float:
-    return (accumulation - 1) * micro + last
+def simulated_seconds(plan: Plan, model: StepModel) -> float:
+    """`predict(plan, model).step_seconds` and nothing else."""
+    step, micro, last = _run(plan, model, model.plan_blocks(plan))
+    return _step_seconds(micro, last, step)
+
+
+def _run(
+    plan: Plan, model: StepModel, blocks: dict[str, BlockCost]
+) -> tuple[Step, timeline.Timeline, timeline.Timeline]:
+    step = step_of_blocks(model.program, blocks, plan.accumulation, model.hardware.contention_factor)
+    last = timeline.simulate(step.last)
+    return step, timeline.simulate(step.micro) if step.accumulation > 1 else last, last
+
+
+def _step_seconds(micro: timeline.Timeline, last: timeline.Timeline, step: Step) -> float:
+    return (step.accumulation - 1) * micro.seconds + last.seconds
 
 
 def _time_by_kind(micro: timeline.Timeline, last: timeline.Timeline, step: Step) -> dict[str, float]:
@@ -148,5 +160,3 @@ def paper_flops(model: StepModel, plan: Plan) -> float:
                 total += 3 * op.flops * segment.count
     return total * plan.global_batch
 
-
-__all__ = ["KINDS", "capacity", "memory_of", "model_flops", "paper_flops", "predict", "simulate", "step_seconds"]

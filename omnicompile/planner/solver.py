@@ -7,7 +7,7 @@ no plan left can be better. Three things keep the number of simulations small, n
 - Keeping activations takes no longer than offloading them or recomputing them, nor recomputing less than recomputing
   more, a whole loss head than a chunked one, the optimizer on the GPU than one in host memory: such a *saver* only adds
   tasks and waits to the same schedule. So a plan is skipped if it differs from one that fits in more savers only.
-- Per block, an option that saves less and yet takes no more memory at any moment replaces the other.
+- Per block, an option with fewer savers that takes no more memory at any moment replaces the other.
 """
 
 from __future__ import annotations
@@ -23,18 +23,16 @@ from numpy.typing import NDArray
 from omnicompile.cost_model.step_model import StepModel
 from omnicompile.cost_model.step_price import DTYPE_BYTES
 from omnicompile.cost_model.step_units import StepOptions
-from omnicompile.plan import LossHead, Plan, Sharding
-from omnicompile.planner.predict import capacity, predict
+from omnicompile.plan import LossHead, Plan
+from omnicompile.planner.predict import capacity, predict, simulated_seconds
 from omnicompile.planner.space import Point, Space
-from omnicompile.planner.tables import BOUNDS, BlockTable, Option, TableMaker
-from omnicompile.program import Phase, Program, Recompute
+from omnicompile.planner.tables import BOUNDS, BlockTable, Option, TableMaker, option_savers, saves_no_more
 
 Progress = Callable[[str], None]
 Saver = tuple[int, ...]
 Family = tuple[object, ...]
 _SLACK = 1e-9
 """Relative and absolute (seconds) rounding allowed between a bound and a simulation."""
-_ORDER = {Recompute.NONE: 0, Recompute.SELECTIVE: 1, Recompute.FULL: 2}
 
 
 @dataclass(frozen=True)
@@ -48,9 +46,9 @@ class Combination:
     @property
     def savers(self) -> Saver:
         """Offloading and recompute of the optimizer, the loss head and each block: a larger one is never faster."""
-        values: list[int] = [int(self.offload_optimizer)]
+        values: list[int] = [0, int(self.offload_optimizer), 0]
         for option in self.options:
-            values += _savers(option)
+            values += option_savers(option)
         return tuple(values)
 
     @property
@@ -69,26 +67,6 @@ class Solution:
     fitting: int = 0
 
 
-def _savers(option: Option) -> Saver:
-    return (int(option.loss_head is LossHead.CHUNKED), int(option.plan.offload), _ORDER[option.plan.recompute])
-
-
-def saves_no_more(left: Saver, right: Saver) -> bool:
-    """Whether `left` is at most as slow as `right` for certain. Both as in `Combination.savers` or `_savers`.
-
-    With offloading on, recomputing more also moves less, so recompute then compares only with itself.
-    """
-    start = len(left) % 3
-    if any(a > b for a, b in zip(left[:start], right[:start])):
-        return False
-    for i in range(start, len(left), 3):
-        if left[i] > right[i] or left[i + 1] > right[i + 1] or left[i + 2] > right[i + 2]:
-            return False
-        if left[i + 1] and left[i + 2] != right[i + 2]:
-            return False
-    return True
-
-
 class Solver:
     """Searches one space. `base` gives what every plan has in common (model, cluster, workload, dtypes)."""
 
@@ -98,10 +76,9 @@ class Solver:
         self.model = model
         self.maker = TableMaker(model, space.frozen)
         self.capacity = capacity(model)
-        self.nested = recompute_is_nested(space.program)
         self._blocks = [b.name for b in space.program.blocks]
         self._heads = {s.block for s in space.program.segments if s.logits is not None}
-        self._work_options: dict[tuple[str, int, int], list[Option]] = {}
+        self._work_options: dict[tuple[str, int, int], tuple[Option, ...]] = {}
 
     def solve(self, top: int = 1, progress: Progress | None = None) -> Solution:
         """The `top` fastest plans that fit, of which the first is optimal; none if no plan fits."""
@@ -132,16 +109,14 @@ class Solver:
                 heapq.heapreplace(queue, (candidates.bound, number, candidates))
             known = seen.setdefault(combination.family, [])
             savers = combination.savers
-            if self.nested and any(saves_no_more(other, savers) for other in known):
+            if self.maker.nested and any(saves_no_more(other, savers) for other in known):
                 continue
             known.append(savers)
             plan = self.plan_of(combination)
-            prediction = predict(plan, self.model)
             solution.simulated += 1
-            plan = replace(plan, prediction=prediction)
-            ranked.append((prediction.step_seconds, savers, plan_key(plan), plan))
+            ranked.append((simulated_seconds(plan, self.model), savers, plan_key(plan), plan))
             ranked.sort(key=lambda entry: entry[:3])
-        solution.best = [entry[3] for entry in ranked[:top]]
+        solution.best = [replace(entry[3], prediction=predict(entry[3], self.model)) for entry in ranked[:top]]
 
     def plan_of(self, combination: Combination) -> Plan:
         heads = [o.loss_head for o, b in zip(combination.options, self._blocks) if b in self._heads]
@@ -172,12 +147,12 @@ class Solver:
             tables.append(self.maker.table(block, point.mesh, options, shardings, step, offload_optimizer))
         return tables
 
-    def _options(self, block: str, point: Point) -> list[Option]:
+    def _options(self, block: str, point: Point) -> tuple[Option, ...]:
         key = (block, point.mesh.sp, point.mesh.ep)
         if key not in self._work_options:
             heads = self.space.loss_heads if block in self._heads else [LossHead.FULL]
             plans = self.space.work_options(block, point.mesh)
-            self._work_options[key] = [Option(plan, head) for plan, head in itertools.product(plans, heads)]
+            self._work_options[key] = tuple(Option(plan, head) for plan, head in itertools.product(plans, heads))
         return self._work_options[key]
 
     def _candidates(self, point: Point, solution: Solution) -> _Candidates | None:
@@ -189,12 +164,11 @@ class Solver:
                 continue
             explored = 1
             for table in tables:
-                explored *= len(table.options)
+                explored *= table.size
             solution.explored += explored
-            reduced = [_undominated(table) if self.nested else table for table in tables]
-            bounds, picks = self._join(reduced, point, self.capacity)
+            bounds, picks = self._join(tables, point, self.capacity)
             if len(bounds):
-                parts.append((bounds, picks, reduced, offload_optimizer))
+                parts.append((bounds, picks, tables, offload_optimizer))
         if not parts:
             return None
         candidates = _Candidates(point, parts)
@@ -217,8 +191,7 @@ class Solver:
             memory = total[kept]
             bounds = bounds[left] + table.bounds[right]
             picks = np.concatenate([picks[left], right[:, None]], axis=1)
-            hsdp = np.array([o.plan.sharding is Sharding.HSDP for o in table.options])
-            has_hsdp = has_hsdp[left] | hsdp[right]
+            has_hsdp = has_hsdp[left] | table.hsdp[right]
         half = BOUNDS // 2
         seconds = (point.accumulation - 1) * bounds[:, :half].max(axis=1) + bounds[:, half:].max(axis=1)
         if self.space.needs_replicas(point.mesh):
@@ -299,23 +272,6 @@ class _Candidates:
         return Combination(self._point, tuple(t.options[i] for t, i in zip(tables, row)), offload_optimizer)
 
 
-def _undominated(table: BlockTable) -> BlockTable:
-    """Without options that some other option of equal sharding and layout beats in savers and memory."""
-    kept: list[int] = []
-    families: dict[tuple[object, ...], list[int]] = {}
-    for i, option in enumerate(table.options):
-        families.setdefault((option.plan.sharding, option.plan.layout), []).append(i)
-    for members in families.values():
-        savers = {i: _savers(table.options[i]) for i in members}
-        for i in members:
-            if not any(
-                j != i and saves_no_more(savers[j], savers[i]) and (table.memory[j] <= table.memory[i]).all()
-                for j in members
-            ):
-                kept.append(i)
-    return BlockTable(tuple(table.options[i] for i in kept), table.bounds[kept], table.memory[kept])
-
-
 def _pareto(memory: NDArray[np.float64]) -> NDArray[np.int64]:
     """Rows that no other row is below everywhere (of equal rows the first)."""
     order = np.argsort(memory.sum(axis=1), kind="stable")
@@ -324,17 +280,6 @@ def _pareto(memory: NDArray[np.float64]) -> NDArray[np.int64]:
         if not any((memory[k] <= memory[i]).all() for k in kept):
             kept.append(int(i))
     return np.array(kept, dtype=np.int64)
-
-
-def recompute_is_nested(program: Program) -> bool:
-    """Whether each recompute policy runs again all that the weaker ones do, so that it cannot be faster."""
-    for segment in program.segments:
-        names = [set(segment.saved[policy].recompute_ops) for policy in _ORDER]
-        forward = {op.name for op in segment.phase_ops(Phase.FORWARD)}
-        again = [n & forward for n in names]
-        if not again[0] <= again[1] <= again[2]:
-            return False
-    return True
 
 
 def plan_key(plan: Plan) -> str:

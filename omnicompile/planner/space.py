@@ -75,7 +75,8 @@ class Space:
         for mesh in self._meshes():
             if self.global_batch % mesh.data_ranks:
                 self._refuse(
-                    f"{mesh.data_ranks} data ranks", f"a batch of {self.global_batch} samples does not divide among them"
+                    f"{mesh.data_ranks} data ranks",
+                    f"a batch of {self.global_batch} samples does not divide among {mesh.data_ranks} data ranks",
                 )
                 continue
             samples = self.global_batch // mesh.data_ranks

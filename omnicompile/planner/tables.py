@@ -7,7 +7,8 @@ gather of the next layer, gradient reductions and host copies:
     begin(n) - begin(1) >= (n - 1) * chain                      a chain is strictly sequential
     begin(n) - begin(1) >= (n - 1) * (gather + exchange)        per channel: issued after begin(1), needed by begin(n)
                             + (n - 2) * reduce                  queued before the gather of layer n
-    begin(n) - begin(1) >= (n - 1) * copy                       the same for activations fetched from the host
+    begin(n) - begin(1) >= (n - 1) * copy                       backward: activations fetched from the host
+    begin(n) - begin(1) >= 2 * chain + (n - 3) * copy           forward: a layer waits for the offload two layers back
 
 Their maximum, summed over runs, plus the last chains, the first gather, the last reduction and the optimizer is a bound
 of the simulated step; so is the work of each stream. Memory at each moment is exactly a sum over blocks. Work (layout,
@@ -16,6 +17,7 @@ recompute, offload) and weights (sharding) are priced apart and combined here by
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -27,6 +29,7 @@ from omnicompile.cost_model.step_chain import Chain
 from omnicompile.cost_model.step_model import BlockWeights, BlockWork, StepModel
 from omnicompile.cost_model.step_units import StepOptions
 from omnicompile.plan import BlockPlan, LossHead, Mesh, Sharding
+from omnicompile.program import Phase, Program, Recompute
 
 Array = NDArray[np.float64]
 BOUNDS = 8
@@ -44,10 +47,22 @@ class Option:
 
 @dataclass(frozen=True)
 class BlockTable:
-    """All options of a block. bounds: (option, BOUNDS) seconds. memory: (option, moment) bytes."""
+    """Options of a block that may be part of an optimal plan. bounds: (option, BOUNDS) seconds. memory: (option,
+    moment) bytes. size: options there were before dominated ones were dropped."""
 
     options: tuple[Option, ...]
     bounds: Array
+    memory: Array
+    hsdp: NDArray[np.bool_]
+    size: int
+
+
+@dataclass(frozen=True)
+class _WorkTable:
+    """Work of several options: seconds (option, run, value) and bytes (option, moment)."""
+
+    options: tuple[Option, ...]
+    times: Array
     memory: Array
 
 
@@ -70,11 +85,12 @@ class TableMaker:
         self.model = model
         self.frozen = frozen
         self.memory = MemoryLayout(model.program)
+        self.nested = recompute_is_nested(model.program)
         self.trains = {name: gradient.any for name, gradient in model.gradients(frozen).items()}
         self._runs = {block.name: self._block_runs(block.name) for block in model.program.blocks}
-        self._work: dict[int, tuple[BlockWork, Array, Array]] = {}
+        self._work: dict[tuple[object, ...], _WorkTable] = {}
         self._weights: dict[tuple[int, bool], tuple[BlockWeights, Array, Array]] = {}
-        self._combined: dict[tuple[object, ...], tuple[Array, Array]] = {}
+        self._combined: dict[tuple[int, int, bool], BlockTable] = {}
 
     def _block_runs(self, block: str) -> tuple[_Run, ...]:
         runs = self.model.program.runs
@@ -92,47 +108,47 @@ class TableMaker:
         self,
         block: str,
         mesh: Mesh,
-        work_options: Sequence[Option],
+        options: tuple[Option, ...],
         shardings: Sequence[Sharding],
         step: StepOptions,
         offload_optimizer: bool,
     ) -> BlockTable:
-        """Bounds and memory of every combination of `work_options` and `shardings`."""
-        works = [
-            self.model.work(block, o.plan, mesh, replace(step, loss_head=o.loss_head), self.frozen)
-            for o in work_options
-        ]
-        bounds, memory, options = [], [], []
+        """Bounds and memory of the combinations of `options` and `shardings`."""
+        work = self._work_table(block, mesh, options, step)
+        parts = []
         for sharding in shardings:
-            plan = replace(work_options[0].plan, sharding=sharding)
+            plan = replace(options[0].plan, sharding=sharding)
             weights = self.model.weights(block, plan, mesh, step, offload_optimizer, self.frozen)
-            part = self._combine(block, works, weights, plan.reshard)
-            bounds.append(part[0])
-            memory.append(part[1])
-            options += [Option(replace(o.plan, sharding=sharding), o.loss_head) for o in work_options]
-        return BlockTable(tuple(options), np.concatenate(bounds), np.concatenate(memory))
+            key = (id(work), id(weights), sharding is Sharding.HSDP)  # both are kept alive here and in the model
+            if key not in self._combined:
+                self._combined[key] = self._combine(block, work, weights, plan)
+            parts.append(self._combined[key])
+        return _concatenate(parts)
 
-    def _combine(
-        self, block: str, works: Sequence[BlockWork], weights: BlockWeights, reshard: bool
-    ) -> tuple[Array, Array]:
-        key = (block, tuple(id(w) for w in works), id(weights))  # the model keeps all of them alive
-        if key not in self._combined:
-            work = [self._work_arrays(block, w) for w in works]
-            times = np.stack([w[1] for w in work])
-            state = self._weight_arrays(block, weights, reshard)
-            bounds = self._bounds(block, times, state[1])
-            memory = np.stack([w[2] for w in work]) + state[2]
-            self._combined[key] = bounds, memory
-        return self._combined[key]
+    def _combine(self, block: str, work: _WorkTable, weights: BlockWeights, plan: BlockPlan) -> BlockTable:
+        _, times, state = self._weight_arrays(block, weights, plan.reshard)
+        memory = work.memory + state
+        kept = undominated(work.options, memory) if self.nested else np.arange(len(memory))
+        options = tuple(replace_sharding(work.options[i], plan.sharding) for i in kept)
+        bounds = self._bounds(block, work.times[kept], times)
+        hsdp = np.full(len(kept), plan.sharding is Sharding.HSDP)
+        return BlockTable(options, bounds, memory[kept], hsdp, len(memory))
 
-    def _work_arrays(self, block: str, work: BlockWork) -> tuple[BlockWork, Array, Array]:
-        if id(work) not in self._work:
-            rows = [_work_row(work, run) for run in self._runs[block]]
-            edges = [*_by_stream(work.edge_forward + work.edge_backward)]
-            times = np.array([*rows, [*edges, *[0.0] * (len(_WORK) - 3)]])
-            memory = self.memory.work_bytes(block, work, self.trains).sum(axis=0)
-            self._work[id(work)] = work, times, memory
-        return self._work[id(work)]
+    def _work_table(self, block: str, mesh: Mesh, options: tuple[Option, ...], step: StepOptions) -> _WorkTable:
+        key = (block, mesh.sp, mesh.ep, step)
+        if key not in self._work:
+            works = [
+                self.model.work(block, o.plan, mesh, replace(step, loss_head=o.loss_head), self.frozen)
+                for o in options
+            ]
+            times = np.array([self._work_rows(block, work) for work in works])
+            memory = np.stack([self.memory.work_bytes(block, work, self.trains).sum(axis=0) for work in works])
+            self._work[key] = _WorkTable(options, times, memory)
+        return self._work[key]
+
+    def _work_rows(self, block: str, work: BlockWork) -> list[list[float]]:
+        edges = _by_stream(work.edge_forward + work.edge_backward)
+        return [*(_work_row(work, run) for run in self._runs[block]), [*edges, *[0.0] * (len(_WORK) - 3)]]
 
     def _weight_arrays(self, block: str, weights: BlockWeights, reshard: bool) -> tuple[BlockWeights, Array, Array]:
         key = (id(weights), reshard)
@@ -202,7 +218,8 @@ def _run_bound(work: Array, weights: Array, run: _Run, contention: float, last: 
     reduce = weights[6:8] if last else weights[4:6]
     forward = work[:, 0] + contention * np.minimum(work[:, 1], gather.sum())
     channels = again_n * (gather + work[:, 2:4])
-    path = np.maximum(again_n * forward, channels.max(axis=1)) + forward
+    copies = 2 * forward + max(run.count - 3, 0) * work[:, 9] if run.count > 2 and run.trains else 0.0
+    path = np.maximum(np.maximum(again_n * forward, channels.max(axis=1)), copies) + forward
     if run.first:
         path = path + gather.max()
     intra_inter = run.count * (gather + work[:, 2:4])
@@ -220,3 +237,61 @@ def _run_bound(work: Array, weights: Array, run: _Run, contention: float, last: 
         intra_inter = intra_inter + gathers * regather + run.count * (work[:, 7:9] + reduce)
         copy = 2 * run.count * work[:, 9]
     return np.stack([path, intra_inter[:, 0], intra_inter[:, 1], copy], axis=1)
+
+
+def replace_sharding(option: Option, sharding: Sharding) -> Option:
+    return Option(replace(option.plan, sharding=sharding), option.loss_head)
+
+
+def _concatenate(parts: Sequence[BlockTable]) -> BlockTable:
+    return BlockTable(
+        tuple(itertools.chain.from_iterable(part.options for part in parts)),
+        np.concatenate([part.bounds for part in parts]),
+        np.concatenate([part.memory for part in parts]),
+        np.concatenate([part.hsdp for part in parts]),
+        sum(part.size for part in parts),
+    )
+
+
+def option_savers(option: Option) -> tuple[int, int, int]:
+    """How an option saves memory by work: (loss head chunked, offload, recompute)."""
+    order = (Recompute.NONE, Recompute.SELECTIVE, Recompute.FULL)
+    return int(option.loss_head is LossHead.CHUNKED), int(option.plan.offload), order.index(option.plan.recompute)
+
+
+def saves_no_more(left: Sequence[int], right: Sequence[int]) -> bool:
+    """Whether savers `left` are at most as slow as `right` for certain; both triples as of `option_savers`, one after
+    another. With offloading on, recomputing more also moves less, so then recompute compares only with itself."""
+    for i in range(0, len(left), 3):
+        if left[i] > right[i] or left[i + 1] > right[i + 1] or left[i + 2] > right[i + 2]:
+            return False
+        if left[i + 1] and left[i + 2] != right[i + 2]:
+            return False
+    return True
+
+
+def undominated(options: Sequence[Option], memory: Array) -> NDArray[np.int64]:
+    """Indices of options (of one sharding) that no other of equal layout beats in both savers and memory."""
+    kept: list[int] = []
+    families: dict[object, list[int]] = {}
+    for i, option in enumerate(options):
+        families.setdefault(option.plan.layout, []).append(i)
+    for members in families.values():
+        savers = [option_savers(options[i]) for i in members]
+        faster = np.array([[saves_no_more(a, b) for b in savers] for a in savers])
+        smaller = (memory[members][:, None, :] <= memory[members][None, :, :]).all(axis=2)
+        beaten = faster & smaller
+        np.fill_diagonal(beaten, False)
+        kept += [i for i, lost in zip(members, beaten.any(axis=0)) if not lost]
+    return np.array(sorted(kept), dtype=np.int64)
+
+
+def recompute_is_nested(program: Program) -> bool:
+    """Whether each recompute policy runs again all that the weaker ones do, so that it cannot be faster."""
+    for segment in program.segments:
+        forward = {op.name for op in segment.phase_ops(Phase.FORWARD)}
+        policies = (Recompute.NONE, Recompute.SELECTIVE, Recompute.FULL)
+        again = [set(segment.saved[policy].recompute_ops) & forward for policy in policies]
+        if not again[0] <= again[1] <= again[2]:
+            return False
+    return True
