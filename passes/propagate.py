@@ -230,7 +230,7 @@ class Propagation:
         choice, against = self._best(call, rule(call))
         if choice is None:
             self._whole_and_back(node)
-        elif whole and (against >= _LOSES_CUT or not _all_float(node)):
+        elif whole and (against >= _LOSES_CUT or not _all_float(node) or not any(map(self._cuts, node.users))):
             keep = against < _LOSES_CUT
             self._set(node, *(REPLICATE for _ in choice.outputs))
             self.virtual[node] = tuple(o if keep and isinstance(o, Shard) else REPLICATE for o in choice.outputs)
