@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
+from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+from torch._subclasses.functional_tensor import FunctionalTensorMode, disable_functional_mode, dispatch_functionalize
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 __all__ = [
     "FakeTensor",
     "FakeTensorMode",
+    "is_autocast_switch",
+    "is_grad_switch",
     "is_plain_host_tensor",
     "local_ranks_mode",
     "new_fake_mode",
@@ -20,6 +25,8 @@ __all__ = [
     "outside_tracing",
     "ranked",
     "start_fake_group",
+    "trace_pre_dispatch",
+    "traced_nodes",
 ]
 
 
@@ -42,8 +49,39 @@ def is_plain_host_tensor(value: object) -> bool:
 @contextlib.contextmanager
 def outside_tracing() -> Iterator[None]:
     """Run what is inside for real, although a fake mode, a proxy mode or a torch-function mode is active."""
-    with unset_fake_temporarily(), disable_proxy_modes_tracing(), torch._C.DisableTorchFunction():
+    with contextlib.ExitStack() as stack:
+        for switch in (unset_fake_temporarily, disable_proxy_modes_tracing, disable_functional_mode):
+            stack.enter_context(switch())
+        stack.enter_context(torch._C.DisableTorchFunction())
         yield
+
+
+def trace_pre_dispatch(func: Callable[..., Any], args: list[torch.Tensor]) -> fx.GraphModule:
+    """`func(*args)` as a functional graph of pre-dispatch operators, in which `linear` and attention stay whole.
+
+    It is what torch.export traces, without the passes, checks and copies that take most of its time. Gradient switches
+    appear as `torch._C._set_grad_enabled` calls, real tensors that enter as attributes.
+    """
+    functional = dispatch_functionalize(func, FunctionalTensorMode(pre_dispatch=True, export=True))
+    return make_fx(functional, pre_dispatch=True, _allow_non_fake_inputs=True)(*args)
+
+
+def traced_nodes() -> int:
+    """How many nodes the graph being traced has so far."""
+    mode = get_proxy_mode()
+    assert mode is not None, "nothing is being traced"
+    return len(mode.tracer.graph.nodes)
+
+
+def is_grad_switch(node: fx.Node) -> bool:
+    """True for a `set_grad_enabled(...)` call in a pre-dispatch graph."""
+    return node.op == "call_function" and node.target is torch._C._set_grad_enabled
+
+
+def is_autocast_switch(node: fx.Node) -> bool:
+    """True for the start or end of an autocast region in a pre-dispatch graph."""
+    switches = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)
+    return node.op == "call_function" and node.target in switches
 
 
 def local_ranks_mode(world: int) -> contextlib.AbstractContextManager[object]:

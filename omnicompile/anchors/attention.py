@@ -57,6 +57,12 @@ def _grouped(x: Tensor, kv_heads: int) -> Tensor:
     return x.unflatten(1, (kv_heads, x.shape[1] // kv_heads))
 
 
+def _empty_output(q: Tensor, v: Tensor) -> Tensor:
+    """[batch, heads, q_len, v_head_dim], laid out in memory as [batch, q_len, heads, v_head_dim]: as flash-attention
+    returns it, so that joining the heads afterwards is a view."""
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
+
+
 @torch.library.custom_op("omnicompile::attention", mutates_args=())
 def attention(
     q: Tensor,
@@ -73,7 +79,7 @@ def attention(
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
     dtype, kv_heads = _accumulate_dtype(q), k.shape[1]
-    out = q.new_zeros(*q.shape[:3], v.shape[3])
+    out = _empty_output(q, v).zero_()
     lse = torch.zeros(q.shape[:3], dtype=dtype, device=q.device)
     sink = None if sinks is None else sinks.to(dtype).view(1, kv_heads, -1, 1, 1)
     for qs, qe, ks, ke in _segments(cu_q, cu_k, q.shape[2], k.shape[2]):
@@ -91,7 +97,7 @@ def attention(
 
 @attention.register_fake
 def _attention_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=_accumulate_dtype(q))
+    return _empty_output(q, v), q.new_empty(q.shape[:3], dtype=_accumulate_dtype(q))
 
 
 @torch.library.custom_op("omnicompile::attention_backward", mutates_args=())

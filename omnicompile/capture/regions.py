@@ -63,11 +63,7 @@ class Regions:
 
 def node_path(node: fx.Node) -> str:
     """Path in the user's model of the module that the node was traced in ("" for the model itself)."""
-    stack = node.meta.get("nn_module_stack")
-    if not stack:
-        return ""
-    path = str(list(stack.values())[-1][0])
-    return path.removeprefix("L['self'].").removeprefix("model").removeprefix(".")
+    return str(node.meta.get("module_path", ""))
 
 
 def is_repeat(node: fx.Node) -> bool:

@@ -13,15 +13,16 @@ import torch
 from torch import Tensor, fx, nn
 
 from omnicompile.anchors.huggingface import anchored
-from omnicompile.capture.host_mode import HostMode, is_host
+from omnicompile.capture.host_mode import HostMode
 from omnicompile.capture.repeats import Repeats, record_repeats
 from omnicompile.errors import CaptureError
-from omnicompile.torch_compat import FakeTensor, FakeTensorMode, new_fake_mode
+from omnicompile.torch_compat import FakeTensor, FakeTensorMode, new_fake_mode, trace_pre_dispatch, traced_nodes
 
 
 @dataclass
 class TracedForward:
-    """A forward as torch.export gives it: parameters, buffers and inputs are placeholders of `graph`.
+    """A flat functional graph: parameters, buffers, inputs and constants are placeholders, `meta["module_path"]` of a node
+    is the module that it was traced in.
 
     params / buffers: placeholder name -> name in the model. inputs: placeholder name -> name in the batch. constants:
     placeholder name -> the real tensor that the trace burnt in. repeats: the layers that were traced once.
@@ -33,18 +34,6 @@ class TracedForward:
     inputs: dict[str, str]
     constants: dict[str, Tensor] = field(default_factory=dict)
     repeats: Repeats = field(default_factory=Repeats)
-
-
-class LossForward(nn.Module):
-    """`forward(inputs)` returns the model's loss; `fixed` are keyword arguments that are not traced (host metadata)."""
-
-    def __init__(self, model: nn.Module, fixed: Mapping[str, Any]) -> None:
-        super().__init__()
-        self.model = model
-        self.fixed = dict(fixed)
-
-    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
-        return find_loss(self.model(**inputs, **self.fixed))
 
 
 def find_loss(output: Any) -> Tensor:
@@ -125,9 +114,9 @@ def trace_forward(
 ) -> TracedForward:
     """Trace `model(**kwargs)`'s loss.
 
-    kwargs: tensors (real or fake), objects with `shape` and `dtype` for float inputs of which only the shape matters, and
-    plain values. host: names of the metadata to evaluate for real (it must be real integer tensors). repeat: trace each
-    kind of repeated layer once. Raises CaptureError naming the cause and the user's line.
+    kwargs: tensors (real or fake), objects with `shape` and `dtype` for float inputs of which only the shape matters,
+    and plain values. host: names of the metadata to evaluate for real (it must be real integer tensors). repeat: trace
+    each kind of repeated layer once. Raises CaptureError naming the cause and the user's line.
     """
     mode = new_fake_mode()
     traced: dict[str, Tensor] = {}
@@ -139,46 +128,143 @@ def trace_forward(
             traced[name] = _as_traced(value, mode)
     if "use_cache" in inspect.signature(model.forward).parameters:
         fixed.setdefault("use_cache", False)
-    wrapped = LossForward(model, fixed)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_environment())
         stack.enter_context(fake_parameters(model, mode))
         stack.enter_context(anchored(model))
         repeats = stack.enter_context(record_repeats(model)) if repeat else Repeats()
+        paths = stack.enter_context(record_paths(model))
         try:
-            with HostMode():
-                program = torch.export.export(wrapped, (traced,), strict=False)
+            return _trace(model, traced, fixed, repeats, paths, mode)
         except CaptureError:
             raise
         except Exception as error:
             raise CaptureError(explain_failure(error, model)) from error
-    return _from_exported(program, repeats)
 
 
-def _from_exported(program: torch.export.ExportedProgram, repeats: Repeats) -> TracedForward:
-    signature = program.graph_signature
+@dataclass(frozen=True)
+class _Slot:
+    """Where a module keeps a parameter or buffer: `store[key]`. Shared tensors have one `index`."""
 
-    def strip(name: str) -> str:
-        return name.removeprefix("model.")
+    store: dict[str, Any]
+    key: str
+    index: int
 
-    constants: dict[str, Tensor] = {}
-    lifted = signature.inputs_to_lifted_tensor_constants
-    for placeholder, name in lifted.items():
-        value = program.constants[name]
-        if is_host(value) or isinstance(value, Tensor):
-            constants[placeholder] = value
-    inputs = {}
-    for node in program.graph_module.graph.find_nodes(op="placeholder"):
-        if node.name in signature.user_inputs:
-            inputs[node.name] = node.name.removeprefix("inputs_")
+
+def _state(model: nn.Module) -> tuple[list[Tensor], list[str], list[_Slot]]:
+    """Every parameter and buffer once, their names, and all the places that hold them."""
+    tensors: list[Tensor] = []
+    names: list[str] = []
+    slots: list[_Slot] = []
+    index: dict[int, int] = {}
+    for path, module in model.named_modules():
+        for store in (module._parameters, module._buffers):
+            for key, tensor in store.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in index:
+                    index[id(tensor)] = len(tensors)
+                    tensors.append(tensor)
+                    names.append(f"{path}.{key}" if path else key)
+                slots.append(_Slot(store, key, index[id(tensor)]))
+    return tensors, names, slots
+
+
+def _trace(
+    model: nn.Module,
+    traced: dict[str, Tensor],
+    fixed: dict[str, Any],
+    repeats: Repeats,
+    paths: list[ModuleSpan],
+    mode: FakeTensorMode,
+) -> TracedForward:
+    tensors, names, slots = _state(model)
+    originals = [slot.store[slot.key] for slot in slots]
+
+    def forward(*flat: Tensor) -> Tensor:
+        # Inside, tensors are wrapped for functionalization: the module must see the wrapped ones.
+        try:
+            for slot in slots:
+                slot.store[slot.key] = flat[slot.index]
+            return find_loss(model(**dict(zip(traced, flat[len(tensors) :])), **fixed))
+        finally:
+            for slot, original in zip(slots, originals):
+                slot.store[slot.key] = original
+
+    with HostMode(), mode:
+        module = trace_pre_dispatch(forward, [*tensors, *traced.values()])
+    _name_modules(module.graph, paths)
+    placeholders = [n.name for n in module.graph.find_nodes(op="placeholder")]
+    constants = _lift_constants(module)
+    params = {p: n for p, n, t in zip(placeholders, names, tensors) if isinstance(t, nn.Parameter)}
     return TracedForward(
-        graph=program.graph_module,
-        params={p: strip(n) for p, n in signature.inputs_to_parameters.items()},
-        buffers={p: strip(n) for p, n in signature.inputs_to_buffers.items()},
-        inputs=inputs,
+        graph=module,
+        params=params,
+        buffers={p: n for p, n in zip(placeholders, names) if p not in params},
+        inputs=dict(zip(placeholders[len(tensors) :], traced)),
         constants=constants,
         repeats=repeats,
     )
+
+
+@dataclass(frozen=True)
+class ModuleSpan:
+    """The nodes that were traced while a module's forward ran: numbers `start` to `end` of the graph."""
+
+    path: str
+    start: int
+    end: int
+
+
+@contextlib.contextmanager
+def record_paths(model: nn.Module) -> Iterator[list[ModuleSpan]]:
+    """While active, every module's forward notes which nodes it makes; inner modules come before outer ones."""
+    spans: list[ModuleSpan] = []
+    open_calls: list[tuple[str, int]] = []
+
+    def enter(path: str) -> Any:
+        return lambda _module, _args: open_calls.append((path, traced_nodes()))
+
+    def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
+        path, start = open_calls.pop()
+        spans.append(ModuleSpan(path, start, traced_nodes()))
+
+    handles = []
+    try:
+        for path, module in model.named_modules():
+            handles.append(module.register_forward_pre_hook(enter(path)))
+            handles.append(module.register_forward_hook(leave))
+        yield spans
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _name_modules(graph: fx.Graph, spans: list[ModuleSpan]) -> None:
+    """Write each node's module into `meta["module_path"]`: that of the innermost forward it was traced in."""
+    nodes = list(graph.nodes)
+    for span in spans:
+        for node in nodes[span.start : span.end]:
+            node.meta.setdefault("module_path", span.path)
+
+
+def _lift_constants(module: fx.GraphModule) -> dict[str, Tensor]:
+    """Real tensors that the trace burnt in become placeholders: name -> tensor."""
+    graph, constants = module.graph, {}
+    lifted: dict[str, fx.Node] = {}
+    first = next(iter(graph.nodes))
+    for node in list(graph.nodes):
+        if node.op != "get_attr" or not isinstance(value := getattr(module, str(node.target)), Tensor):
+            continue
+        if str(node.target) not in lifted:
+            with graph.inserting_before(first):
+                new = graph.placeholder(f"constant{len(lifted)}")
+            new.meta["val"] = value
+            lifted[str(node.target)] = new
+            constants[new.name] = value
+        node.replace_all_uses_with(lifted[str(node.target)])
+        graph.erase_node(node)
+    return constants
 
 
 def explain_failure(error: Exception, model: nn.Module) -> str:
