@@ -56,6 +56,27 @@ class Combination:
         """What else the combination chooses."""
         return (self.point, *((o.plan.sharding, o.plan.layout) for o in self.options))
 
+    @property
+    def signature(self) -> Family:
+        """What tells plans apart for a reader: all but how many replicas of a shard there are."""
+        mesh, micro_batch = self.point.mesh, self.point.micro_batch
+        sharded = tuple(o.plan.sharding for o in self.options[-1:])
+        return (mesh.sp, mesh.ep, micro_batch, self.savers, sharded, *(o.plan.layout for o in self.options))
+
+
+@dataclass(frozen=True)
+class _Ranked:
+    """A simulated plan; `order` sorts equally fast ones."""
+
+    seconds: float
+    savers: Saver
+    key: str
+    plan: Plan
+
+    @property
+    def order(self) -> tuple[float, Saver, str]:
+        return self.seconds, self.savers, self.key
+
 
 @dataclass
 class Solution:
@@ -96,17 +117,22 @@ class Solver:
         return solution
 
     def _best_first(self, queue: list[tuple[float, int, _Candidates]], top: int, solution: Solution) -> None:
+        """Of plans alike in all but the sharding of side blocks (`signature`), the best is ranked."""
         seen: dict[Family, list[Saver]] = {}
-        ranked: list[tuple[float, Saver, str, Plan]] = []
+        ranked: dict[Family, _Ranked] = {}
         while queue:
             bound, number, candidates = queue[0]
-            if len(ranked) >= top and bound > ranked[top - 1][0]:
+            if len(ranked) >= top and bound > sorted(entry.seconds for entry in ranked.values())[top - 1]:
                 break
             combination = candidates.pop()
             if candidates.empty:
                 heapq.heappop(queue)
             else:
                 heapq.heapreplace(queue, (candidates.bound, number, candidates))
+            signature = combination.signature
+            leader = ranked.get(signature)
+            if leader is not None and bound > leader.seconds:
+                continue
             known = seen.setdefault(combination.family, [])
             savers = combination.savers
             if self.maker.nested and any(saves_no_more(other, savers) for other in known):
@@ -114,9 +140,11 @@ class Solver:
             known.append(savers)
             plan = self.plan_of(combination)
             solution.simulated += 1
-            ranked.append((simulated_seconds(plan, self.model), savers, plan_key(plan), plan))
-            ranked.sort(key=lambda entry: entry[:3])
-        solution.best = [replace(entry[3], prediction=predict(entry[3], self.model)) for entry in ranked[:top]]
+            entry = _Ranked(simulated_seconds(plan, self.model), savers, plan_key(plan), plan)
+            if leader is None or entry.order < leader.order:
+                ranked[signature] = entry
+        best = sorted(ranked.values(), key=lambda entry: entry.order)[:top]
+        solution.best = [replace(entry.plan, prediction=predict(entry.plan, self.model)) for entry in best]
 
     def plan_of(self, combination: Combination) -> Plan:
         heads = [o.loss_head for o, b in zip(combination.options, self._blocks) if b in self._heads]
@@ -187,6 +215,8 @@ class Solver:
             total = (memory[:, None, :] + table.memory[None, :, :]).reshape(size * options, -1)
             rest = sum(least[i + 1 :])
             kept = np.flatnonzero((total + rest).max(axis=1) <= limit)
+            if not len(kept):
+                return np.zeros(0), np.zeros((0, len(tables)), dtype=np.int64)
             left, right = kept // options, kept % options
             memory = total[kept]
             bounds = bounds[left] + table.bounds[right]
@@ -197,6 +227,14 @@ class Solver:
         if self.space.needs_replicas(point.mesh):
             return seconds[has_hsdp], picks[has_hsdp]
         return seconds, picks
+
+    def any_plan(self) -> bool:
+        """Whether there is any plan at all, whatever its memory."""
+        return any(
+            all(self._options(b, point) and self.space.shardings(b, point.mesh) for b in self._blocks)
+            for point in self.space.points
+            if self.space.offload_optimizer
+        )
 
     def leanest(self) -> tuple[Plan, float] | None:
         """The plan that needs the least memory, and its bytes without context and slack; None if there is no plan."""

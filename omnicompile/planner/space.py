@@ -111,7 +111,7 @@ class Space:
 
     def work_options(self, block: str, mesh: Mesh) -> list[BlockPlan]:
         """Layouts, recompute and offload of a block (sharding left at its default)."""
-        layouts = [Layout.BATCH] if mesh.sp == 1 else [Layout.SEQUENCE, Layout.IMAGES, Layout.REPLICATED]
+        layouts = self._layouts(block, mesh)
         ep = mesh.ep if has_experts(self.program, block) else 1
         pinned = self.pins.blocks.get(block, {})
         options = []
@@ -127,6 +127,14 @@ class Space:
                 continue
             options.append(plan)
         return options
+
+    def _layouts(self, block: str, mesh: Mesh) -> list[Layout]:
+        if mesh.sp == 1:
+            return [Layout.BATCH]
+        described = self.program.block(block)
+        if described.kind != "encoder":
+            return [Layout.SEQUENCE]
+        return [Layout.SEQUENCE, *([Layout.IMAGES] if described.units else []), Layout.REPLICATED]
 
     def _pins_allow(self, block: str, plan: BlockPlan) -> bool:
         pinned = {k: v for k, v in self.pins.blocks.get(block, {}).items() if k != "sharding"}

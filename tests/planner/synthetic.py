@@ -60,7 +60,17 @@ def gemm(name: str, tokens: Expr, n: int, k: int) -> list[Op]:
 
     def op(suffix: str, phase: Phase, shape: GemmShape, token_dim: str, feeds: frozenset[str]) -> Op:
         return Op(
-            name + suffix, "linear", OpKind.GEMM, phase, name, flops, acts, weight, shape, token_dim=token_dim, feeds=feeds
+            name + suffix,
+            "linear",
+            OpKind.GEMM,
+            phase,
+            name,
+            flops,
+            acts,
+            weight,
+            shape,
+            token_dim=token_dim,
+            feeds=feeds,
         )
 
     n_, k_ = sympy.Integer(n), sympy.Integer(k)
@@ -81,14 +91,14 @@ def memory_op(name: str, nbytes: Expr) -> list[Op]:
 
 def attention_ops(stack: Stack) -> list[Op]:
     dim = stack.head_dim
-    shape = AttentionShape(
-        stack.heads, stack.kv_heads, dim, dim, stack.tokens, stack.tokens, stack.pairs, stack.causal
-    )
+    shape = AttentionShape(stack.heads, stack.kv_heads, dim, dim, stack.tokens, stack.tokens, stack.pairs, stack.causal)
     flops = 4 * stack.pairs * stack.heads * dim
     acts = 2 * stack.tokens * dim * (2 * stack.heads + 2 * stack.kv_heads)
 
     def op(name: str, phase: Phase, factor: sympy.Expr, feeds: frozenset[str]) -> Op:
-        return Op(name, "attn", OpKind.ATTENTION, phase, "attn", factor * flops, acts, ZERO, attention=shape, feeds=feeds)
+        return Op(
+            name, "attn", OpKind.ATTENTION, phase, "attn", factor * flops, acts, ZERO, attention=shape, feeds=feeds
+        )
 
     return [
         op("attn", Phase.FORWARD, sympy.Integer(1), frozenset()),
@@ -168,7 +178,9 @@ def layer_segment(stack: Stack) -> Segment:
     )
 
 
-def simple_segment(name: str, block: str, role: str, groups: list[list[Op]], params: list[Param], kept: Expr) -> Segment:
+def simple_segment(
+    name: str, block: str, role: str, groups: list[list[Op]], params: list[Param], kept: Expr
+) -> Segment:
     ops = interleave(groups)
     saved = saved_by_policy(kept, kept, kept / 2, ops)
     return Segment(name, block, role, 1, ("",), tuple(params), ops, saved, kept, kept, kept, kept)
@@ -294,9 +306,7 @@ def random_program(seed: int) -> Program:
     if rng.random() < 0.5:
         return program
     width = rng.choice([4, 6])
-    vision = Stack(
-        "vision", rng.choice([1, 3, 24]), width * 64, width, width, width * 256, Sym.N, Sym.N2, causal=False
-    )
+    vision = Stack("vision", rng.choice([1, 3, 24]), width * 64, width, width, width * 256, Sym.N, Sym.N2, causal=False)
     images = rng.choice([1, 2, 3])
     sample = SampleShape(patches_per_image=1024, tokens_per_image=256, images=images, seq_len=seq_len)
     return with_encoder(program, vision, "I", 4, sample)
