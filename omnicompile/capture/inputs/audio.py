@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,7 +49,10 @@ def has_audio_tower(facts: Facts) -> bool:
 def _hop(facts: Facts) -> int:
     """Samples of a waveform per frame: the product of the strides that the configuration states."""
     hop = first_value(facts.audio_configs, "hop_length", "frame_size")
-    return int(hop) if hop is not None else 320
+    if hop is not None:
+        return int(hop)
+    strides = first_value(facts.audio_configs, "patch_sizes", "downsampling_ratios", "conv_stride", "upsampling_ratios")
+    return math.prod(strides) if strides is not None else 320
 
 
 def audio_layouts(facts: Facts, clips: int, frames: int) -> Iterator[dict[str, Any]]:
@@ -57,10 +61,11 @@ def audio_layouts(facts: Facts, clips: int, frames: int) -> Iterator[dict[str, A
     assert name is not None
     shapes: list[tuple[int, ...]]
     if name in WAVEFORMS:
-        shapes = [(clips, frames), (clips, 1, frames)]
+        shapes = [(clips, frames), (clips, 1, frames), (clips, frames, 1)]
     else:
         fields = ("num_mel_bins", "n_mel_bins", "mel_bins", "feature_size", "input_feat_size", "input_size", "input_dim")
         mel = int(first_value(facts.audio_configs, *fields) or 80)
+        mel *= int(first_value(facts.audio_configs, "num_stacked_frames") or 1)
         shapes = [(clips, mel, frames), (clips, frames, mel)]
     masks = [mask for mask in MASKS if mask in facts.arguments]
     for shape in shapes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,12 +12,24 @@ from omnicompile.capture.inputs.constraints import constraints_of
 from omnicompile.capture.inputs.facts import Facts, placeholder_id
 from omnicompile.capture.inputs.probe import observe
 from omnicompile.capture.inputs.text import Span, make_text, rope_positions
-from omnicompile.capture.inputs.types import ExampleInputs, InputConstraints, InputRequest, Rows
+from omnicompile.capture.inputs.types import ExampleInputs, FloatSpec, InputConstraints, InputRequest, Rows
 from omnicompile.capture.inputs.vision import image_layouts
 from omnicompile.errors import CaptureError
 
 TOKEN_IDS = frozenset({"input_ids"})
-ORDINARY = frozenset({"input_ids", "labels", "position_ids", "decoder_input_ids"})
+# Ordinary tensor inputs; every other integer tensor is metadata that models loop over on the host.
+ORDINARY = frozenset(
+    {
+        "input_ids",
+        "labels",
+        "position_ids",
+        "decoder_input_ids",
+        "protein_input_ids",
+        "qformer_input_ids",
+        "cross_attention_mask",
+        "image_attention_mask",
+    }
+)
 _PROBE_SEQ_LEN = 211  # prime, and unlike any hidden size: it tells the text sequence from other dimensions
 _IMAGE, _AUDIO = 1, 2
 
@@ -39,13 +51,17 @@ def make_inputs(model: nn.Module, sample: InputRequest, check: bool = True) -> E
     grid = _grid(limits, sample)
     frames = _frames(limits, sample)
     if limits.images is not None and sample.images:
-        layouts = image_layouts(facts, sample.images, grid, rows, sample.seq_len)
-        given, tokens["image"] = _choose(facts, limits, layouts, "image", sample.images, rows, sample.seq_len)
+        given, tokens["image"] = _choose(
+            facts, limits, "image", sample.images, rows, sample.seq_len,
+            lambda length: list(image_layouts(facts, sample.images, grid, rows, length)),
+        )  # fmt: skip
         towers |= given
         spans += _spans(facts, "image", tokens["image"], sample.images, _IMAGE)
     if limits.audio is not None and sample.clips:
-        layouts = audio_layouts(facts, sample.clips, frames)
-        given, tokens["audio"] = _choose(facts, limits, layouts, "audio", sample.clips, rows, sample.seq_len)
+        given, tokens["audio"] = _choose(
+            facts, limits, "audio", sample.clips, rows, sample.seq_len,
+            lambda _: list(audio_layouts(facts, sample.clips, frames)),
+        )  # fmt: skip
         towers |= given
         spans += _spans(facts, "audio", tokens["audio"], sample.clips, _AUDIO)
     kwargs = _text_arguments(facts, limits, rows, sample.seq_len, spans, towers)
@@ -99,34 +115,42 @@ def _spans(facts: Facts, modality: str, tokens: int, count: int, kind: int) -> l
 def _choose(
     facts: Facts,
     limits: InputConstraints,
-    layouts: Iterator[dict[str, Any]],
     modality: str,
     count: int,
     rows: int,
     seq_len: int,
+    layouts: Callable[[int], list[dict[str, Any]]],
 ) -> tuple[dict[str, Any], int]:
-    """The first layout that the model's forward takes, and the placeholders per image or clip that it asks for."""
+    """The first of `layouts(text length)` that the forward takes, and the placeholders per image or clip it asks for."""
     token = placeholder_id(facts, modality)
     kind = _IMAGE if modality == "image" else _AUDIO
-    spans = [Span(token, 1, kind)] * count if token is not None else []
+    # Two each: some models take a lone placeholder for an unexpanded one and expand it themselves.
+    spans = [Span(token, 2, kind)] * count if token is not None else []
     length = min(_PROBE_SEQ_LEN, limits.max_seq_len or _PROBE_SEQ_LEN, seq_len)
     failures: list[str] = []
-    for layout in layouts:
+    candidates = layouts(length)
+    for number, layout in enumerate(candidates):
         kwargs = _text_arguments(facts, limits, rows, length, spans, layout, probing=True)
         seen = observe(facts.model, kwargs, _host_names(kwargs), length)
         if seen.depends_on_values:
             seen = observe(facts.model, kwargs, _host_names(kwargs) | TOKEN_IDS, length)
-        if seen.rows is not None:
-            if seen.rows % count:
-                raise CaptureError(f"{count} equal {modality} inputs gave {seen.rows} features: give inputs()")
-            return layout, seen.rows // count
-        if seen.error is None:
-            return layout, 0
-        failures.append(f"{type(seen.error).__name__}: {seen.error}".splitlines()[0][:200])
+        if seen.rows is not None and seen.rows % count:
+            failures.append(f"{count} equal {modality} inputs gave {seen.rows} features")
+        elif seen.rows is not None:
+            return layouts(seq_len)[number], seen.rows // count
+        elif seen.error is None:
+            return layouts(seq_len)[number], 0
+        else:
+            failures.append(" ".join(f"{type(seen.error).__name__}: {seen.error}".split())[:300])
     raise CaptureError(
-        f"cannot guess the {modality} inputs ({', '.join(sorted(layout))}) of {type(facts.model).__name__}: "
-        f"{failures[0]}; give a function inputs()"
+        f"cannot guess the {modality} inputs ({', '.join(sorted(candidates[0]))}) of {type(facts.model).__name__}: "
+        f"{_most_telling(failures)}; give a function inputs()"
     )
+
+
+def _most_telling(failures: list[str]) -> str:
+    """Of the candidates' failures the first that is not about the shape of the candidate itself."""
+    return next((f for f in failures if not f.startswith(("ValueError: not enough", "ValueError: too many"))), failures[0])
 
 
 def _text_arguments(
@@ -157,7 +181,11 @@ def _text_arguments(
         positions = rope_positions(facts.model, kwargs, text)
         if positions is not None:
             kwargs["position_ids"] = positions
-    if "use_cache" in names:
+    for name in names & {"protein_input_ids"}:
+        kwargs[name] = text.ids.clone() % 20
+    if "bbox" in names:
+        kwargs["bbox"] = FloatSpec((rows, seq_len, 4), facts.dtype)
+    if "use_cache" in names or hasattr(facts.text, "use_cache"):
         kwargs["use_cache"] = False
     return kwargs
 

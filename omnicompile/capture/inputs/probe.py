@@ -26,6 +26,7 @@ from omnicompile.torch_compat import FakeTensorMode, new_fake_mode
 
 _VALUE_ERRORS = {"GuardOnDataDependentSymNode", "DataDependentOutputException", "DynamicOutputShapeException"}
 _MASKED_SCATTERS = frozenset({Tensor.masked_scatter, Tensor.masked_scatter_, torch.masked_scatter})
+_INDEX_PUTS = frozenset({Tensor.index_put, Tensor.index_put_, torch.index_put, torch.index_put_})
 
 
 class _Observed(BaseException):
@@ -71,12 +72,14 @@ class _Watch(TorchFunctionMode):
             target, source = args[0], args[2] if len(args) > 2 else kwargs.get("source")
         elif func is Tensor.__setitem__ and _selects_positions(args[1]):
             target, source = args[0], args[2]
+        elif func in _INDEX_PUTS:
+            target, source = args[0], args[2] if len(args) > 2 else kwargs.get("values")
         else:
             return None
         if not isinstance(source, Tensor) or not target.is_floating_point() or self.seq_len not in target.shape[:2]:
             return None
-        width = source.shape[-1] if source.dim() > 1 else target.shape[-1]
-        return int(source.numel() // width)
+        # One vector for all positions is a special token's embedding, not features.
+        return int(source.numel() // source.shape[-1]) if source.dim() > 1 else None
 
 
 def _selects_positions(index: Any) -> bool:

@@ -120,6 +120,7 @@ def _packed(facts: Facts, found: ImageFacts, images: int, grid: tuple[int, int])
         common["image_merge_sizes"] = _ones(images)
     shapes: list[tuple[int, ...]] = [(total, c * t * p * p), (total, c * p * p), (total, c, p, p), (total, c, t, p, p)]
     shapes += [(total, t, c, p, p), (1, total, c * p * p), (1, c, p, total * p), (total, t, p, p, c)]
+    shapes += [(total, p * found.merge[0], p * found.merge[1], c)]
     if two_columns:
         shapes.reverse()
     for shape in dict.fromkeys(shapes):
@@ -177,15 +178,24 @@ def _whole_images(
     if "aspect_ratio_ids" in facts.arguments:
         shapes.append((rows, per_row, int(first_value(facts.image_configs, "max_num_tiles") or 1), *image))
     shapes += [(images, *image), (rows, per_row, *image), (images, 1, *image)]
+    shapes += [(images, grid[0] * grid[1], found.channels * found.patch**2)]
     for shape in shapes:
-        masks = {}
-        if "pixel_attention_mask" in facts.arguments and len(shape) == 5:
-            masks["pixel_attention_mask"] = _ones(rows, per_row, height, width, dtype=torch.bool)
-        yield {found.pixels: FloatSpec(shape, facts.dtype), **extras, **masks}
+        for masks in _pixel_masks(facts, rows, per_row, (height, width), len(shape)):
+            yield {found.pixels: FloatSpec(shape, facts.dtype), **extras, **masks}
     if "image_sizes" in extras:
         plain = [tuple(row) for row in extras["image_sizes"].tolist()]
         for shape in shapes:
             yield {found.pixels: FloatSpec(shape, facts.dtype), **extras, "image_sizes": plain}
+
+
+def _pixel_masks(
+    facts: Facts, rows: int, per_row: int, size: tuple[int, int], dims: int
+) -> list[dict[str, Tensor]]:
+    """Which pixels, or which images, are no padding: all of them."""
+    name = "pixel_attention_mask"
+    if name not in facts.arguments or dims != 5:
+        return [{}]
+    return [{name: _ones(rows, per_row, *size, dtype=torch.bool)}, {name: _ones(rows, per_row)}]
 
 
 def _pixels(found: ImageFacts, grid: tuple[int, int]) -> tuple[int, int]:
