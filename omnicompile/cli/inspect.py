@@ -6,7 +6,7 @@ import argparse
 import json
 
 from omnicompile.cli.arguments import add_model, add_workload, workload_of
-from omnicompile.cli.progress import color_wanted, emit, progress
+from omnicompile.cli.progress import color_wanted, emit, working
 
 HELP = "print a model's modality blocks and layer kinds with parameters, FLOPs and activation bytes"
 EXAMPLES = """\
@@ -26,9 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from omnicompile.capture.source import load_model_source
 
-    source = load_model_source(args.model, args.config)
-    workload = workload_of(args, source.workload, {})
-    with progress(f"reading {source.name}") as show:
+    with working(f"reading {args.model}", args.debug) as show:
+        source = load_model_source(args.model, args.config)
+        workload = workload_of(args, source.workload, {})
         from omnicompile.capture.api import capture_program
 
         program = capture_program(source, workload, cache=source.cacheable and not args.no_cache, progress=show)

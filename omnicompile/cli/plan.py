@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omnicompile.cli.arguments import add_cluster, add_model, add_workload, cluster_of, workload_of
-from omnicompile.cli.progress import color_wanted, emit, progress
+from omnicompile.cli.progress import color_wanted, emit, working
 from omnicompile.cluster import Cluster
 from omnicompile.errors import InputError
 from omnicompile.workload import Workload
@@ -46,7 +46,6 @@ class Request:
     cluster: Cluster
     workload: Workload
     pins: dict[str, str]
-    cache: bool
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--top must be at least 1, got {args.top}")
     if args.out is not None and not Path(args.out).resolve().parent.is_dir():
         raise InputError(f"--out {args.out}: directory {Path(args.out).parent} does not exist")
-    result = _search(args, _request(args))
+    result = _search(args)
     best = result.plans[0]
     if args.out is not None:
         best.save(args.out)
@@ -104,7 +103,7 @@ def _request(args: argparse.Namespace) -> Request:
     pins |= parse_pins(args.pin)
     source = load_model_source(args.model, args.config)
     workload = workload_of(args, source.workload, machine[1])
-    return Request(source, cluster, workload, pins, cache=source.cacheable and not args.no_cache)
+    return Request(source, cluster, workload, pins)
 
 
 def _largest(args: argparse.Namespace) -> int:
@@ -112,21 +111,14 @@ def _largest(args: argparse.Namespace) -> int:
     return 2048 * (args.gpus_per_node or 8)
 
 
-def _search(args: argparse.Namespace, request: Request) -> PlanResult:
-    with progress(f"reading {request.source.name}") as show:
+def _search(args: argparse.Namespace) -> PlanResult:
+    with working(f"reading {args.model}", args.debug) as show:
+        request = _request(args)
         from omnicompile.planner import api
 
-        if args.min_gpus:
-            return api.min_gpus(
-                request.source, request.cluster, request.workload, request.pins, args.top, request.cache, show
-            )
-        if args.max_seq_len:
-            return api.max_seq_len(
-                request.source, request.cluster, request.workload, request.pins, args.top, request.cache, show
-            )
-        return api.plan_source(
-            request.source, request.cluster, request.workload, request.pins, args.top, request.cache, show
-        )
+        answer = api.min_gpus if args.min_gpus else api.max_seq_len if args.max_seq_len else api.plan_source
+        cache = request.source.cacheable and not args.no_cache
+        return answer(request.source, request.cluster, request.workload, request.pins, args.top, cache, show)
 
 
 def _report(result: PlanResult, saved: str | None) -> str:
@@ -135,7 +127,7 @@ def _report(result: PlanResult, saved: str | None) -> str:
 
     text = plan_text(result.plans[0], result.program, result.plans[1:], result.lost_because[1:], color=color_wanted())
     steps = ", ".join(f"{name} {seconds_text(value)}" for name, value in result.seconds.items())
-    lines = [text, "", f"{result.explored:,} plans considered ({steps})"]
+    lines = [text, "", f"{result.explored:,} plans considered, {result.simulated:,} of them simulated ({steps})"]
     if saved is not None:
         lines.append(f"saved as {saved}")
     return "\n".join(lines)

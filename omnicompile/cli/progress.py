@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from io import StringIO
 
 Progress = Callable[[str], None]
 
 
 @contextmanager
-def progress(first: str) -> Iterator[Progress]:
-    """A function that replaces the line shown on stderr."""
-    if not sys.stderr.isatty():
-        yield lambda line: None
-        return
-    from rich.console import Console
+def working(first: str, debug: bool) -> Iterator[Progress]:
+    """A function that replaces the line shown on stderr.
 
-    with Console(stderr=True).status(first) as status:
-        yield lambda line: status.update(line)
+    Until the end of the context what others print to stdout goes to stderr, so that `--json` stays JSON, and what
+    libraries print to stderr is dropped unless `debug`, so that an error is one line.
+    """
+    terminal = sys.stderr
+    with redirect_stdout(terminal), redirect_stderr(terminal if debug else StringIO()):
+        if not terminal.isatty():
+            yield lambda line: None
+            return
+        from rich.console import Console
+
+        with Console(file=terminal).status(first) as status:
+            yield lambda line: status.update(line)
 
 
 def color_wanted() -> bool:

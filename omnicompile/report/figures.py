@@ -83,7 +83,7 @@ def differences(plan: Plan, best: Plan) -> list[str]:
     if plan.mesh != best.mesh:
         words.append(mesh_words(plan.mesh))
     if (plan.micro_batch, plan.accumulation) != (best.micro_batch, best.accumulation):
-        words.append(f"micro-batch {plan.micro_batch}, {plan.accumulation} micro-steps")
+        words.append(f"micro-batch {plan.micro_batch} x {plan.accumulation}")
     if plan.loss_head != best.loss_head:
         words.append(f"{plan.loss_head.value} loss head")
     if plan.offload_optimizer != best.offload_optimizer:

@@ -81,7 +81,7 @@ def _summary(plan: Plan, program: Program | None) -> Table:
     table.add_column()
     if program is not None:
         table.add_row("model", _model_words(program))
-    table.add_row("sample", _sample_words(plan))
+    table.add_row("sample", _sample_words(plan, program))
     table.add_row("step", _step_words(plan))
     table.add_row("mesh", f"{figures.mesh_words(plan.mesh)} = {plan.mesh.world:,} ranks")
     table.add_row("options", _option_words(plan))
@@ -102,14 +102,24 @@ def _model_words(program: Program) -> str:
     return f"{words}, {count_text(active)} active per token" if active < total else words
 
 
-def _sample_words(plan: Plan) -> str:
+def _sample_words(plan: Plan, program: Program | None) -> str:
     load = plan.workload
     words = [f"{load.seq_len:,} tokens"]
-    if load.images:
-        words.append(f"{load.images} images of {load.image_size[0]}x{load.image_size[1]}")
-    if load.audio_seconds:
+    images = load.images if program is None else program.sample.images
+    if images:
+        each = f" of {load.image_size[0]}x{load.image_size[1]}"
+        if program is not None and program.sample.patches_per_image:
+            each = f" ({program.sample.patches_per_image:,} patches each)"
+        words.append(_plural(images, "image") + each)
+    if program is None and load.audio_seconds:
         words.append(f"{load.audio_seconds:g} s of audio")
+    if program is not None and program.sample.clips:
+        words.append(_plural(program.sample.clips, "audio clip") + f" ({program.sample.frames_per_clip:,} frames each)")
     return ", ".join(words)
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
 def _step_words(plan: Plan) -> str:
@@ -188,7 +198,7 @@ def _time(prediction: Prediction) -> list[RenderableType]:
         table.add_row(label, seconds_text(value), percent(share), _bar(share, "dim", "░"))
     detail = seconds_text(prediction.step_seconds)
     if hidden:
-        detail += f", and {seconds_text(sum(hidden.values()))} of communication hidden behind compute (░)"
+        detail += f", and {seconds_text(sum(hidden.values()))} of transfers hidden behind compute (░)"
     return [_heading("Step time", detail), _indent(table)]
 
 
@@ -230,4 +240,5 @@ def _slower(plan: Plan, best: Plan) -> str:
     if plan.prediction is None or best.prediction is None or not best.prediction.tokens_per_second_per_gpu:
         return ""
     ratio = plan.prediction.tokens_per_second_per_gpu / best.prediction.tokens_per_second_per_gpu
-    return f"{(ratio - 1) * 100:+.1f}%"
+    change = f"{(ratio - 1) * 100:+.1f}%"
+    return "0.0%" if change in ("+0.0%", "-0.0%") else change

@@ -34,6 +34,7 @@ class FakeResult:
     explored: int
     seconds: dict[str, float]
     lost_because: list[str]
+    simulated: int = 56
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,14 @@ from omnicompile.workload import Workload
 def test_the_report(run: Any, asked: Any, model: str) -> None:
     outcome = run("plan", model, "--gpus", "128")
     assert (outcome.code, outcome.err) == (0, "")
-    for said in ("tokens/s/GPU", "Memory", "Next best", "more all-to-all", "1,234 plans considered", "capture 2.50 s"):
+    for said in (
+        "tokens/s/GPU",
+        "Memory",
+        "Next best",
+        "more all-to-all",
+        "1,234 plans considered, 56 of them simulated",
+        "capture 2.50 s",
+    ):
         assert said in outcome.out
     assert "\x1b" not in outcome.out
     assert asked.arguments["cluster"] == Cluster(128)
@@ -39,6 +46,14 @@ def test_every_option_reaches_the_planner(run: Any, asked: Any, model: str) -> N
     assert asked.arguments["workload"] == Workload(4096, 3, (448, 896), 12.5, 256, ("vision", "audio"))
     assert asked.arguments["pins"] == {"vision.sp": "1", "mesh.sp": "4"}
     assert asked.arguments["cache"] is False
+
+
+def test_what_a_model_prints_is_not_in_the_json(run: Any, asked: Any, model: str) -> None:
+    with open(model, "a") as file:
+        file.write("\nprint('loading')\n")
+    outcome = run("plan", model, "--gpus", "16", "--json")
+    assert json.loads(outcome.out)["plan"]
+    assert outcome.err == "loading\n"
 
 
 def test_json(run: Any, asked: Any, model: str) -> None:

@@ -24,7 +24,7 @@ def report(sample_plans: list[Plan], sample_program: Program) -> str:
     [
         "model.py on 16 x h100 (2 nodes of 8)",
         "6.20 K parameters, 5.30 K active per token",
-        "1,000 tokens, 2 images of 896x896",
+        "1,000 tokens, 2 images (64 patches each)",
         "8 samples, 8.00 K tokens (1 per micro-batch x 2 micro-steps x 4 data ranks)",
         "dp_shard 4 x sp 4, ep 2 = 16 ranks",
         "chunked loss head",
@@ -33,7 +33,7 @@ def report(sample_plans: list[Plan], sample_program: Program) -> str:
         "vision (frozen)",
         "whole images",
         "26.6 GiB of 80.0 GiB per GPU (33.2%)",
-        "3.30 s of communication hidden behind compute",
+        "3.30 s of transfers hidden behind compute",
         "exposed all-gather",
         "hidden all-gather",
         "dp_shard 2 x sp 8, ep 2",
