@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from omnicompile.passes.data_mean import insert_data_mean_pass
 from omnicompile.passes.expert_parallel import insert_expert_parallel_pass
 from omnicompile.passes.loss import normalise_loss_pass
 from omnicompile.passes.manager import Pass, run_passes
@@ -15,9 +16,16 @@ __all__ = ["FORWARD_PASSES", "RankProgram", "bind_groups", "lower_forward"]
 FORWARD_PASSES: tuple[Pass, ...] = (
     Pass("loss", normalise_loss_pass, provides=frozenset({"global-loss"}), excludes=frozenset({"sequence"})),
     Pass(
+        "data-mean",
+        insert_data_mean_pass,
+        requires=frozenset({"global-loss"}),
+        provides=frozenset({"global-means"}),
+        excludes=frozenset({"sequence"}),
+    ),
+    Pass(
         "sequence-parallel",
         insert_sequence_parallel_pass,
-        requires=frozenset({"global-loss"}),
+        requires=frozenset({"global-loss", "global-means"}),
         provides=frozenset({"sequence"}),
         excludes=frozenset({"experts", "parameters"}),
     ),

@@ -212,13 +212,7 @@ class Propagation:
     def _call(self, node: fx.Node) -> None:
         tensors = self._tensors(node)
         whole = all(isinstance(self.actual[t][0], Replicate) for t in tensors)
-        if is_random(node):
-            raise LoweringError(
-                f"{operator_name(node)} in {module_of(node)} draws random numbers, which sp={self.ranks} ranks would draw "
-                "differently: set the dropout probability to 0"
-            )
-        if is_mutating(node) and not whole:
-            raise LoweringError(f"{operator_name(node)} in {module_of(node)} changes a cut tensor in place: write it out of place")
+        self._refuse(node, whole)
         if not self._cuts(node) or not isinstance(node.target, torch._ops.OpOverload):
             self._whole(node)
             return
@@ -236,6 +230,17 @@ class Propagation:
             self.virtual[node] = tuple(o if keep and isinstance(o, Shard) else REPLICATE for o in choice.outputs)
         else:
             self._apply(call, choice)
+
+    def _refuse(self, node: fx.Node, whole: bool) -> None:
+        if is_random(node):
+            raise LoweringError(
+                f"{operator_name(node)} in {module_of(node)} draws random numbers, which sp={self.ranks} ranks would draw "
+                "differently: set the dropout probability to 0"
+            )
+        if is_mutating(node) and not whole:
+            raise LoweringError(
+                f"{operator_name(node)} in {module_of(node)} changes a cut tensor in place: write it out of place"
+            )
 
     def _op_call(self, node: fx.Node, tensors: list[fx.Node]) -> OpCall:
         values = schema_values(node)

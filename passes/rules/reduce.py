@@ -75,7 +75,15 @@ def pointwise_loss(call: OpCall) -> list[Choice]:
     return choices
 
 
+def histogram(call: OpCall) -> list[Choice]:
+    """Counts of the parts add up, if the range of the bins is given and not found from the data."""
+    if call.values["min"] == call.values["max"]:
+        return []
+    return [Choice({"self": shard}, (PARTIAL,)) for shard in candidate_shards(call, "self")]
+
+
 RULES: dict[str, Rule] = {
+    "aten::histc": histogram,
     **{
         f"aten::{name}": reduction
         for name in "sum mean amax amin max min var std argmax argmin all any prod logsumexp norm linalg_vector_norm".split()

@@ -1,0 +1,131 @@
+"""Means over all tokens of the global batch, where a loss is not just a sum over tokens.
+
+A load-balancing loss multiplies two means over tokens. Each micro-batch's own product is not what the whole batch gives: the
+means must be taken over all data ranks before they are multiplied.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from omnicompile.passes import collectives
+from omnicompile.passes.placement import PARTIAL, REPLICATE, Partial, Placement, Replicate
+from omnicompile.passes.propagate import Propagation, operator_name
+from omnicompile.passes.rank_program import RankProgram, axis_size
+from omnicompile.passes.redistribute import Redistributor, cost
+from omnicompile.passes.rules.base import Choice, OpCall
+from omnicompile.plan import Plan
+
+_ACROSS = "dp_replicate,dp_shard"
+_LOSS = "aten::cross_entropy_loss"
+
+
+def insert_data_mean_pass(program: RankProgram, plan: Plan | None = None) -> RankProgram:
+    """Average over data ranks what is a mean over tokens, before anything nonlinear reads it.
+
+    Before: `m = mean(probabilities, 0); aux = m * f; loss = ce / count + aux`. After: `m = data_mean(mean(probabilities, 0));
+    aux = m * f; loss = (ce * n / count + aux) / n`, n data ranks. Sizes of a micro-batch that the model divides by are
+    constants of the graph, so a sum over tokens divided by them is a mean too, and is averaged. Leaves a loss that is a sum
+    of cross-entropies alone.
+    """
+    ranks = axis_size(program.mesh, _ACROSS)
+    if ranks == 1 or not _has_other_means(program):
+        return program
+    walk = DataPropagation(program, 1, across=ranks)
+    for node in list(program.gm.graph.nodes):
+        if node.op == "call_function" and operator_name(node) == _LOSS:
+            _multiply(program, node, float(ranks))
+    walk.run()
+    loss = program.output_nodes()[0]
+    (output,) = program.gm.graph.find_nodes(op="output")
+    with program.gm.graph.inserting_before(output):
+        mean = program.gm.graph.call_function(collectives.share, (loss, ranks))
+    mean.meta = dict(loss.meta)
+    output.replace_input_with(loss, mean)
+    program.gm.graph.lint()
+    program.gm.recompile()
+    program.log.append(f"global means: {walk.averages} averages over {ranks} data ranks")
+    return program
+
+
+def _has_other_means(program: RankProgram) -> bool:
+    """Whether the loss depends on a sum over tokens that is not a cross-entropy."""
+    scratch = program.copy()
+    walk = DataPropagation(scratch, 1)
+    walk.run()
+    wanted = set()
+    stack = [scratch.output_nodes()[0]]
+    while stack:
+        node = stack.pop()
+        if node not in wanted:
+            wanted.add(node)
+            stack += node.all_input_nodes
+    return any(node in wanted and operator_name(node) != _LOSS for node in walk.sums)
+
+
+def _multiply(program: RankProgram, node: fx.Node, factor: float) -> None:
+    with program.gm.graph.inserting_after(node):
+        new = program.gm.graph.call_function(torch.ops.aten.mul.Tensor, (node, factor))
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+
+
+class _Averager(Redistributor):
+    """Tensors cut over data ranks stay so; a Partial one is averaged when something needs it whole."""
+
+    across = 1
+    averages = 0
+
+    def convert(self, node: fx.Node, source: Placement, target: Placement, user: fx.Node) -> fx.Node:
+        if isinstance(source, Partial) and isinstance(target, Replicate):
+            return super().convert(node, source, target, user)
+        return node
+
+    def _insert(self, node: fx.Node, source: Placement, target: Placement) -> fx.Node:
+        self.averages += 1
+        part = self._emit(node, "data_share", collectives.share, self.across)
+        return self._emit(part, "data_all_reduce", collectives.all_reduce, self.group)
+
+
+@dataclass
+class DataPropagation(Propagation):
+    """Follows the tokens of every block, as if all were cut; `across` data ranks. sums: where tokens were summed up."""
+
+    across: int = 1
+    sums: list[fx.Node] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        group = self.program.group(_ACROSS) if self.across > 1 else ""
+        self.redistribute = _Averager(self.program.gm.graph, 1, group, None)  # type: ignore[arg-type]
+        self.redistribute.across = self.across
+
+    @property
+    def averages(self) -> int:
+        assert isinstance(self.redistribute, _Averager)
+        return self.redistribute.averages
+
+    def _cuts(self, node: fx.Node) -> bool:
+        return True
+
+    def _cost(self, node: fx.Node, actual: Placement, target: Placement, nbytes: float) -> float:
+        return cost(actual, target, nbytes, max(2, self.across))
+
+    def _refuse(self, node: fx.Node, whole: bool) -> None:
+        """Every data rank has its own micro-batch: random numbers and changes in place are its own."""
+
+    def _island(self, node: fx.Node, whole: bool) -> None:
+        self._whole(node)
+
+    def _output(self, node: fx.Node) -> None:
+        self._set(node, REPLICATE)
+
+    def _apply(self, call: OpCall, choice: Choice) -> None:
+        fresh = PARTIAL in choice.outputs and not any(
+            isinstance(self.actual[t][0], Partial) for t in self._tensors(call.node)
+        )
+        if fresh:
+            self.sums.append(call.node)
+        super()._apply(call, choice)
