@@ -46,7 +46,7 @@ class Capture:
         """The Program with the sample of `workload`."""
         if self.limits is None or self.generic is None:
             return self.program
-        from omnicompile.capture.generic import sample_shape
+        from omnicompile.capture.sample import sample_shape
 
         return replace(self.program, sample=sample_shape(self.limits, self.generic, workload))
 
@@ -86,8 +86,9 @@ def _capture(source: ModelSource, workload: Workload, progress: Progress) -> Cap
 
 def _capture_module(model: nn.Module, workload: Workload, name: str, spec: str, progress: Progress) -> Capture:
     from omnicompile.capture.build import build_program
-    from omnicompile.capture.generic import generic_request, generic_sizes, sample_shape
+    from omnicompile.capture.generic import generic_request, generic_sizes
     from omnicompile.capture.inputs import input_constraints, make_inputs
+    from omnicompile.capture.sample import sample_shape
     from omnicompile.capture.trace import trace_forward
 
     model.train()

@@ -1,7 +1,9 @@
-"""Example inputs for any Hugging Face model."""
+"""Example inputs for any Hugging Face model. Importing this package does not import torch: cached captures load fast."""
 
-from omnicompile.capture.inputs.constraints import input_constraints
-from omnicompile.capture.inputs.make import make_inputs
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from omnicompile.capture.inputs.types import (
     AudioConstraints,
     ExampleInputs,
@@ -12,6 +14,9 @@ from omnicompile.capture.inputs.types import (
     Merge,
     Rows,
 )
+
+if TYPE_CHECKING:
+    from torch import nn
 
 __all__ = [
     "AudioConstraints",
@@ -25,3 +30,17 @@ __all__ = [
     "input_constraints",
     "make_inputs",
 ]
+
+
+def input_constraints(model: nn.Module) -> InputConstraints:
+    """What the model's forward puts on the sizes of its inputs; see `constraints.py`."""
+    from omnicompile.capture.inputs import constraints
+
+    return constraints.input_constraints(model)
+
+
+def make_inputs(model: nn.Module, sample: InputRequest, check: bool = True) -> ExampleInputs:
+    """Arguments for the model's forward with exactly the numbers of `sample`; see `make.py`."""
+    from omnicompile.capture.inputs import make
+
+    return make.make_inputs(model, sample, check)
