@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -14,15 +15,10 @@ COMMAND = ("plan", "examples/qwen2_vl_72b.py", "--gpus", "128")
 
 
 def main() -> None:
-    environment = os.environ | {"COLUMNS": "100"}
-    done = subprocess.run(
-        [sys.executable, "-m", "omnicompile", *COMMAND],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    with tempfile.TemporaryDirectory() as cache:  # a capture of an older version must not be shown
+        environment = os.environ | {"COLUMNS": "100", "OMNICOMPILE_CACHE": cache}
+        command = [sys.executable, "-m", "omnicompile", *COMMAND]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     readme = ROOT / "README.md"
     block = f"<!-- plan-output -->\n```text\n{done.stdout.strip()}\n```\n<!-- /plan-output -->"
     text, count = BLOCK.subn(lambda match: block, readme.read_text(encoding="utf-8"))

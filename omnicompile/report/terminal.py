@@ -124,9 +124,8 @@ def _plural(count: int, noun: str) -> str:
 
 def _step_words(plan: Plan) -> str:
     samples = plan.global_batch
-    factors = (
-        f"{plan.micro_batch} per micro-batch x {plan.accumulation} micro-steps x {plan.mesh.data_ranks:,} data ranks"
-    )
+    steps, ranks = _plural(plan.accumulation, "micro-step"), _plural(plan.mesh.data_ranks, "data rank")
+    factors = f"{plan.micro_batch} per micro-batch x {steps} x {ranks}"
     return f"{samples:,} samples, {count_text(samples * plan.workload.seq_len)} tokens ({factors})"
 
 
