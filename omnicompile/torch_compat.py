@@ -37,9 +37,10 @@ def new_fake_mode(static_shapes: bool = True) -> FakeTensorMode:
 
 def is_plain_host_tensor(value: object) -> bool:
     """True for an ordinary CPU tensor that no tracing mode has wrapped and that carries no gradient."""
+    if not isinstance(value, torch.Tensor) or type(value) is not torch.Tensor:
+        return False
     return (
-        type(value) is torch.Tensor
-        and value.device.type == "cpu"
+        value.device.type == "cpu"
         and not value.requires_grad
         and not torch._is_functional_tensor(value)
         and not torch._C._functorch.is_functorch_wrapped_tensor(value)

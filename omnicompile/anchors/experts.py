@@ -15,7 +15,7 @@ from torch import Tensor
 
 @torch.library.custom_op("omnicompile::expert_dispatch", mutates_args=())
 def expert_dispatch(x: Tensor, index: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """x [tokens, hidden], index [tokens, top_k] (expert of each choice) -> rows [tokens * top_k, hidden] sorted by expert,
+    """x [tokens, hidden], index [tokens, top_k] (expert of each choice) -> rows [tokens * top_k, hidden] by expert,
     order [tokens * top_k] (the flat choice each row came from) and counts [experts] (rows per expert)."""
     flat = index.reshape(-1)
     order = torch.sort(flat, stable=True).indices
@@ -83,7 +83,7 @@ def _grouped_mm_fake(rows: Tensor, weight: Tensor, counts: Tensor, transposed: b
 
 @torch.library.custom_op("omnicompile::grouped_mm_weight", mutates_args=())
 def grouped_mm_weight(rows: Tensor, grad: Tensor, counts: Tensor, transposed: bool) -> Tensor:
-    """Gradient of `grouped_mm`'s weight: rows [r, k], grad [r, n] -> [experts, n, k] ([experts, k, n] if transposed)."""
+    """Gradient of `grouped_mm`'s weight: rows [r, k], grad [r, n] -> [experts, n, k] (or [experts, k, n])."""
     left, right = (rows, grad) if transposed else (grad, rows)
     out = rows.new_zeros(counts.shape[0], left.shape[1], right.shape[1])
     for expert, start, end in _slices(counts):

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from omnicompile.capture.inputs.types import ExampleInputs, InputConstraints
 
 Progress = Callable[[str], None]
-# Raise it when a Program of an older version of this package would be wrong.
-CACHE_VERSION = 1
 
 
 def silent(_: str) -> None:
@@ -135,12 +133,21 @@ def _cache_directory() -> Path:
 def _cache_path(source: ModelSource, workload: Workload) -> Path:
     """Keyed by all that a capture depends on. Of the workload that is what cannot be put in afterwards: the length of
     text rows that a model binds, and everything for a model with its own inputs()."""
-    parts: list[Any] = [CACHE_VERSION, source.spec, source.source_digest, version("torch"), version("transformers")]
+    parts: list[Any] = [_own_sources(), source.spec, source.source_digest, version("torch"), version("transformers")]
     parts += [version("omnicompile"), workload.seq_len if source.inputs is None else workload.to_dict()]
     if source.inputs is None:
         parts[-1] = min(workload.seq_len, 4096)
     digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
     return _cache_directory() / f"{digest}.capture"
+
+
+def _own_sources() -> str:
+    """A digest of the code that makes captures, so that an edit of it never meets an old capture."""
+    package = Path(__file__).parent.parent
+    digest = hashlib.sha256()
+    for file in sorted([*package.glob("capture/**/*.py"), *package.glob("anchors/*.py"), package / "program.py"]):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def _load(path: Path) -> Capture | None:

@@ -101,7 +101,8 @@ def _segment(
     fused = {node: group[-1].name for group in fuse(joint.forward) for node in group}
     live = analyse(joint, reader, fused)
     inputs = joint.differentiable - set(joint.params)
-    paths, count = ("",), 1
+    paths: tuple[str, ...] = ("",)
+    count = 1
     if region.kind is not None:
         paths = tuple(dict.fromkeys(instance_paths(region.kind, traced.repeats)))
         count = traced.repeats.executions(region.kind.index)
@@ -186,7 +187,7 @@ def _expert_params(joint: JointGraph) -> set[str]:
 
 
 def _idle(names: _Names, claimed: dict[str, str], regions: Regions) -> list[Segment]:
-    """Parameters that the loss does not depend on: stored, never computed with, a segment of the block they lie next to."""
+    """Parameters that the loss does not depend on: stored, never computed with."""
     unused = [n for n in names.shapes if names.canonical[n] == n and n not in claimed]
     if not unused:
         return []

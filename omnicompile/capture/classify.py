@@ -69,7 +69,7 @@ def is_cheap(node: fx.Node) -> bool:
 
 
 def storage_of(node: fx.Node) -> fx.Node:
-    """The node whose result holds the memory that `node`'s result lives in. Tuple access is kept: it names one tensor."""
+    """The node whose result holds the memory that `node`'s result lives in. Tuple access is kept: it names a tensor."""
     while node.op == "call_function" and is_view(node) and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node

@@ -64,7 +64,7 @@ def group_traffic(group: list[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
 
 
 def _leaves(user: fx.Node, inside: set[fx.Node]) -> bool:
-    """True if a value used by `user` must be in memory: `user`, or what reads a view it makes, is outside the kernel."""
+    """True if a value that `user` reads must be in memory: `user`, or what reads a view it makes, is outside."""
     if user in inside:
         return False
     if user.op == "call_function" and is_free(user) and user.target not in HEAVY:

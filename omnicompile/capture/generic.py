@@ -11,7 +11,8 @@ from omnicompile.capture.symbols import GenericSize
 from omnicompile.program import Sym
 from omnicompile.workload import Workload
 
-# Primes that divide no usual model dimension, together. The grid's factor 4 makes windows of common sizes come out even.
+# Primes that together divide no usual model dimension. The grid's factor 4 makes windows of common sizes come out
+# even.
 _IMAGES, _CLIPS, _GRID, _FRAMES = 23, 13, (5, 7), 17
 _GRID_FACTOR = 4
 _TEXT_MARGIN = 1000

@@ -22,8 +22,8 @@ def attention_pairs(
 ) -> Expr:
     """Sum over segments of q_len * kv_len, not counting a causal mask.
 
-    bounds: cu_seqlens of queries and keys where they are known constants. A sliding window of w keys per query counts as
-    2 * w * tokens pairs, so that the causal half of it is what is computed.
+    bounds: cu_seqlens of queries and keys where they are known constants. A sliding window of w keys per query counts
+    as 2 * w * tokens pairs, so that the causal half of it is what is computed.
     """
     q_len, kv_len = reader.dim(q_shape[2]), reader.dim(k_shape[2])
     cu_q, cu_k = bounds

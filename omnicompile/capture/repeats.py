@@ -45,7 +45,7 @@ class LayerCall:
 
 @dataclass
 class Repeats:
-    """What was found while tracing. `calls`: every layer call, in order, at any depth of the layers that were traced."""
+    """What was found while tracing. `calls`: every layer call, in order, inside traced layers too."""
 
     kinds: list[LayerKind] = field(default_factory=list)
     calls: list[LayerCall] = field(default_factory=list)
@@ -57,7 +57,7 @@ class Repeats:
 
 
 def layer_candidates(model: nn.Module) -> dict[str, tuple[nn.Module, int, int]]:
-    """path -> (module, position, list number) of every element of a list of modules that holds at least two of one type."""
+    """path -> (module, position, list number) of every element of a list that holds two or more of its type."""
     found: dict[str, tuple[nn.Module, int, int]] = {}
     for number, (name, module) in enumerate(model.named_modules()):
         if not isinstance(module, nn.ModuleList | nn.Sequential):
@@ -88,8 +88,8 @@ def _scalar_attributes(module: nn.Module, position: int) -> list[tuple[str, str]
 def structure_keys(candidates: dict[str, tuple[nn.Module, int, int]]) -> dict[str, str]:
     """A digest per layer of its module tree, parameter shapes and plain attributes.
 
-    An integer attribute that counts up with the position in its list (a `layer_idx`) says nothing about structure and is
-    left out: it takes a different value in every member of the list.
+    An integer attribute that counts up with the position in its list (a `layer_idx`) says nothing about structure and
+    is left out: it takes a different value in every member of the list.
     """
     shapes: dict[str, str] = {}
     attributes: dict[str, dict[str, str]] = {}

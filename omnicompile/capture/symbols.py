@@ -1,8 +1,8 @@
 """Recognise traced dimensions as multiples of the workload's sizes.
 
-The example inputs of a capture are made with sizes that hold prime factors which no model dimension holds: S tokens is a
-prime, the patches of an image carry two primes of their own, the number of images another. So every traced dimension can
-be read back as a multiple of exactly one of them: 4 * 20011 is 4 S and nothing else. One capture then answers every
+The example inputs of a capture are made with sizes that hold prime factors which no model dimension holds: S tokens is
+a prime, the patches of an image carry two primes of their own, the number of images another. So every traced dimension
+can be read back as a multiple of exactly one of them: 4 * 20011 is 4 S and nothing else. One capture then answers every
 sequence length and image size. A second capture with other primes checks this in the tests.
 """
 

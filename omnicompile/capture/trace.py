@@ -21,8 +21,8 @@ from omnicompile.torch_compat import FakeTensor, FakeTensorMode, new_fake_mode, 
 
 @dataclass
 class TracedForward:
-    """A flat functional graph: parameters, buffers, inputs and constants are placeholders, `meta["module_path"]` of a node
-    is the module that it was traced in.
+    """A flat functional graph: parameters, buffers, inputs and constants are placeholders; `meta["module_path"]` of a
+    node is the module that it was traced in.
 
     params / buffers: placeholder name -> name in the model. inputs: placeholder name -> name in the batch. constants:
     placeholder name -> the real tensor that the trace burnt in. repeats: the layers that were traced once.
@@ -86,7 +86,7 @@ def fake_parameters(model: nn.Module, mode: FakeTensorMode) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _environment() -> Iterator[None]:
-    """transformers' data-dependent checks become asserts that break a joint trace; it reads this switch when it runs."""
+    """transformers' data-dependent checks become asserts that break a joint trace; it reads this switch as it runs."""
     name = "TRANSFORMERS_DISABLE_TORCH_CHECK"
     before = os.environ.get(name)
     os.environ[name] = "1"

@@ -1,4 +1,5 @@
-"""Example inputs for any Hugging Face model. Importing this package does not import torch: cached captures load fast."""
+"""Example inputs for any Hugging Face model. Importing this package does not import torch: cached captures load
+fast."""
 
 from __future__ import annotations
 
