@@ -110,9 +110,7 @@ class StepModel:
         }
         return BlockCost(work, weights, units)
 
-    def work(
-        self, name: str, plan: BlockPlan, mesh: Mesh, options: StepOptions, frozen: frozenset[str]
-    ) -> BlockWork:
+    def work(self, name: str, plan: BlockPlan, mesh: Mesh, options: StepOptions, frozen: frozenset[str]) -> BlockWork:
         """What the block's activations cost."""
         loss_head = options.loss_head if name in self._heads else LossHead.FULL
         groups = self._groups(mesh, plan)
@@ -183,9 +181,7 @@ class StepModel:
         frozen: frozenset[str],
     ) -> BlockWeights:
         gradients, segments = self.gradients(frozen), self._segments[name]
-        units = {
-            s.name: unit_weights(s, plan, gradients[s.name], groups, options, self.prices) for s in segments
-        }
+        units = {s.name: unit_weights(s, plan, gradients[s.name], groups, options, self.prices) for s in segments}
         static = static_memory(segments, groups, options, name not in frozen, offload_optimizer)
         if not static.trained_numel:
             return BlockWeights(units, 0.0, 0.0, static)

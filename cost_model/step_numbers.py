@@ -100,8 +100,6 @@ class MicroBatchNumbers:
     units: dict[str, float]
 
 
-
-
 class ProgramNumbers:
     """Evaluates `program` at any micro-batch, each once."""
 

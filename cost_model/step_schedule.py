@@ -74,12 +74,8 @@ class _Body:
     block: str
     tasks: list[Task] = field(default_factory=list)
 
-    def issue(
-        self, name: str, piece: Piece, after: tuple[Dep, ...] = (), alloc: float = 0.0, free: float = 0.0
-    ) -> str:
-        self.tasks.append(
-            Task(name, piece.stream, piece.seconds, piece.kind, self.block, after, alloc, free)
-        )
+    def issue(self, name: str, piece: Piece, after: tuple[Dep, ...] = (), alloc: float = 0.0, free: float = 0.0) -> str:
+        self.tasks.append(Task(name, piece.stream, piece.seconds, piece.kind, self.block, after, alloc, free))
         return name
 
 
@@ -216,9 +212,7 @@ class _Builder:
         if not pieces and unit.weights.reducing:
             body.issue("accumulated", Piece("compute", 0.0, "compute"), free=unit.weights.reducing)
 
-    def _chain_tasks(
-        self, body: _Body, chain: Chain, window: int, following: UnitCost | None
-    ) -> tuple[Dep, ...]:
+    def _chain_tasks(self, body: _Body, chain: Chain, window: int, following: UnitCost | None) -> tuple[Dep, ...]:
         """The chain's pieces one after another; the next instance's gathers are issued before piece `window`."""
         previous = "begin"
         for i, piece in enumerate(chain):

@@ -208,5 +208,3 @@ def _exchange_buffers(numbers: SegmentNumbers, split: Split, groups: Groups) -> 
 def edge_pieces(nbytes: float, groups: Groups, backward: bool, prices: Prices) -> Chain:
     """Encoder output that is spread over SP ranks, brought to the ranks that hold its places in the sequence."""
     return prices.collective("reduce_scatter" if backward else "all_gather", nbytes, groups.sequence)
-
-

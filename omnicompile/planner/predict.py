@@ -107,9 +107,7 @@ def block_tables(plan: Plan, model: StepModel, blocks: dict[str, BlockCost]) -> 
     }
 
 
-def memory_of(
-    plan: Plan, model: StepModel, blocks: dict[str, BlockCost]
-) -> tuple[dict[str, float], dict[str, float]]:
+def memory_of(plan: Plan, model: StepModel, blocks: dict[str, BlockCost]) -> tuple[dict[str, float], dict[str, float]]:
     """Bytes per GPU at the peak: by kind, and by block (without what belongs to none)."""
     tables = block_tables(plan, model, blocks)
     total = np.sum(list(tables.values()), axis=0)
@@ -159,4 +157,3 @@ def paper_flops(model: StepModel, plan: Plan) -> float:
             if op.op.phase is Phase.FORWARD:
                 total += 3 * op.flops * segment.count
     return total * plan.global_batch
-

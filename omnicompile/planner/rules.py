@@ -37,9 +37,9 @@ def sp_refusal(program: Program, sp: int) -> str | None:
 
 def expert_counts(program: Program) -> set[int]:
     """Numbers of experts that occur in the program's layers."""
-    return {
-        op.experts.experts for segment in program.segments for op in segment.ops if op.experts is not None
-    } | {p.shape[0] for segment in program.segments for p in segment.params if p.expert}
+    return {op.experts.experts for segment in program.segments for op in segment.ops if op.experts is not None} | {
+        p.shape[0] for segment in program.segments for p in segment.params if p.expert
+    }
 
 
 def ep_refusal(program: Program, mesh: Mesh) -> str | None:
@@ -132,7 +132,7 @@ def frozen_blocks(program: Program, freeze: tuple[str, ...]) -> frozenset[str]:
         elif entry in names:
             frozen.add(entry)
         else:
-            raise PlanError(f"cannot freeze {entry!r}: blocks are {', '.join(sorted(names))} (or \"encoders\")")
+            raise PlanError(f'cannot freeze {entry!r}: blocks are {", ".join(sorted(names))} (or "encoders")')
     return frozenset(frozen)
 
 

@@ -264,9 +264,7 @@ class Solver:
         for table in tables:
             kept = _pareto(table.memory)
             total = (memory[:, None, :] + table.memory[None, kept, :]).reshape(-1, memory.shape[1])
-            picks = np.concatenate(
-                [np.repeat(picks, len(kept), axis=0), np.tile(kept, len(picks))[:, None]], axis=1
-            )
+            picks = np.concatenate([np.repeat(picks, len(kept), axis=0), np.tile(kept, len(picks))[:, None]], axis=1)
             memory = total
         index = int(np.argmin(memory.max(axis=1)))
         options = tuple(table.options[i] for table, i in zip(tables, picks[index]))

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from omnicompile.cost_model.memory import MemoryLayout
 from omnicompile.cost_model.step_chain import Chain
 from omnicompile.cost_model.step_model import BlockWeights, BlockWork, StepModel
-from omnicompile.cost_model.step_units import StepOptions
+from omnicompile.cost_model.step_units import StepOptions, UnitWeights, UnitWork
 from omnicompile.plan import BlockPlan, LossHead, Mesh, Sharding
 from omnicompile.program import Phase, Program, Recompute
 
@@ -59,23 +59,26 @@ class BlockTable:
 
 @dataclass(frozen=True)
 class _WorkTable:
-    """Work of several options: seconds (option, run, value) and bytes (option, moment)."""
+    """Work of several options: seconds (option, run, value) and bytes (option, moment). faster (i, j): option i has at
+    most the savers of j and the same layout, so that it is no slower. by_sharding: the options under each sharding."""
 
-    options: tuple[Option, ...]
     times: Array
     memory: Array
+    faster: NDArray[np.bool_]
+    by_sharding: dict[Sharding, tuple[Option, ...]]
 
 
 @dataclass(frozen=True)
-class _Run:
-    """Position of a run of the block: whether it is the program's first and last, and the last in the backward."""
+class _Shape:
+    """The runs of a block: their segments and, as arrays, how often each repeats, whether it is the program's first and
+    last, whether the backward ends with it, and whether it has a backward (0 or 1)."""
 
-    segment: str
-    count: int
-    first: bool
-    last: bool
-    ends_backward: bool
-    trains: bool
+    segments: tuple[str, ...]
+    count: NDArray[np.int64]
+    first: NDArray[np.int64]
+    last: NDArray[np.int64]
+    ends_backward: NDArray[np.int64]
+    trains: NDArray[np.int64]
 
 
 class TableMaker:
@@ -87,22 +90,23 @@ class TableMaker:
         self.memory = MemoryLayout(model.program)
         self.nested = recompute_is_nested(model.program)
         self.trains = {name: gradient.any for name, gradient in model.gradients(frozen).items()}
-        self._runs = {block.name: self._block_runs(block.name) for block in model.program.blocks}
+        self._shapes = {block.name: self._block_shape(block.name) for block in model.program.blocks}
         self._work: dict[tuple[object, ...], _WorkTable] = {}
         self._weights: dict[tuple[int, bool], tuple[BlockWeights, Array, Array]] = {}
         self._combined: dict[tuple[int, int, bool], BlockTable] = {}
 
-    def _block_runs(self, block: str) -> tuple[_Run, ...]:
+    def _block_shape(self, block: str) -> _Shape:
         runs = self.model.program.runs
         trained = [i for i, run in enumerate(runs) if self.trains[run.segment]]
-        return tuple(
-            _Run(
-                run.segment, run.count, i == 0, i == len(runs) - 1, bool(trained) and i == trained[0],
-                self.trains[run.segment],
-            )
-            for i, run in enumerate(runs)
-            if self.memory.blocks[i] == block
-        )  # fmt: skip
+        mine = [i for i in range(len(runs)) if self.memory.blocks[i] == block]
+        return _Shape(
+            tuple(runs[i].segment for i in mine),
+            np.array([runs[i].count for i in mine], dtype=np.int64),
+            np.array([i == 0 for i in mine], dtype=np.int64),
+            np.array([i == len(runs) - 1 for i in mine], dtype=np.int64),
+            np.array([i == trained[0] if trained else False for i in mine], dtype=np.int64),
+            np.array([self.trains[runs[i].segment] for i in mine], dtype=np.int64),
+        )
 
     def table(
         self,
@@ -128,32 +132,33 @@ class TableMaker:
     def _combine(self, block: str, work: _WorkTable, weights: BlockWeights, plan: BlockPlan) -> BlockTable:
         _, times, state = self._weight_arrays(block, weights, plan.reshard)
         memory = work.memory + state
-        kept = undominated(work.options, memory) if self.nested else np.arange(len(memory))
-        options = tuple(replace_sharding(work.options[i], plan.sharding) for i in kept)
+        kept = undominated(work.faster, memory) if self.nested else np.arange(len(memory))
+        options = tuple(work.by_sharding[plan.sharding][i] for i in kept)
         bounds = self._bounds(block, work.times[kept], times)
         hsdp = np.full(len(kept), plan.sharding is Sharding.HSDP)
         return BlockTable(options, bounds, memory[kept], hsdp, len(memory))
 
     def _work_table(self, block: str, mesh: Mesh, options: tuple[Option, ...], step: StepOptions) -> _WorkTable:
-        key = (block, mesh.sp, mesh.ep, step)
+        key = (block, mesh.sp, options[0].plan.ep, step)
         if key not in self._work:
             works = [
-                self.model.work(block, o.plan, mesh, replace(step, loss_head=o.loss_head), self.frozen)
-                for o in options
+                self.model.work(block, o.plan, mesh, replace(step, loss_head=o.loss_head), self.frozen) for o in options
             ]
             times = np.array([self._work_rows(block, work) for work in works])
             memory = np.stack([self.memory.work_bytes(block, work, self.trains).sum(axis=0) for work in works])
-            self._work[key] = _WorkTable(options, times, memory)
+            by_sharding = {s: tuple(replace_sharding(o, s) for o in options) for s in Sharding}
+            self._work[key] = _WorkTable(times, memory, faster_options(options), by_sharding)
         return self._work[key]
 
     def _work_rows(self, block: str, work: BlockWork) -> list[list[float]]:
         edges = _by_stream(work.edge_forward + work.edge_backward)
-        return [*(_work_row(work, run) for run in self._runs[block]), [*edges, *[0.0] * (len(_WORK) - 3)]]
+        units = [work.units[name] for name in self._shapes[block].segments]
+        return [*(_work_row(unit) for unit in units), [*edges, *[0.0] * (len(_WORK) - 3)]]
 
     def _weight_arrays(self, block: str, weights: BlockWeights, reshard: bool) -> tuple[BlockWeights, Array, Array]:
         key = (id(weights), reshard)
         if key not in self._weights:
-            rows = [_weight_row(weights, run) for run in self._runs[block]]
+            rows = [_weight_row(weights.units[name]) for name in self._shapes[block].segments]
             ending = [weights.optimizer, weights.optimizer_copy, *[0.0] * (len(_WEIGHTS) - 2)]
             memory = self.memory.weights_bytes(block, weights, reshard, self.trains).sum(axis=0)
             self._weights[key] = weights, np.array([*rows, ending]), memory
@@ -162,17 +167,12 @@ class TableMaker:
     def _bounds(self, block: str, work: Array, weights: Array) -> Array:
         """(option, BOUNDS) from `work` (option, run, value) and `weights` (run, value) of one sharding."""
         contention = self.model.hardware.contention_factor
-        result = np.zeros((len(work), BOUNDS))
-        for i, run in enumerate(self._runs[block]):
-            for last in (False, True):
-                columns = slice(BOUNDS // 2, None) if last else slice(0, BOUNDS // 2)
-                result[:, columns] += _run_bound(work[:, i], weights[i], run, contention, last)
+        micro, last = _run_bounds(work[:, :-1], weights[:-1], self._shapes[block], contention)
         edges, ending = work[:, -1], weights[-1]
-        for offset in (0, BOUNDS // 2):
-            result[:, offset] += edges[:, 0]
-            result[:, offset + 1 : offset + 3] += edges[:, 1:3]
-        result[:, BOUNDS // 2 :] += ending[0] + 2 * ending[1]
-        return result
+        micro[:, :3] += edges[:, :3]
+        last[:, :3] += edges[:, :3]
+        last += ending[0] + 2 * ending[1]
+        return np.concatenate([micro, last], axis=1)
 
 
 _WORK = (
@@ -195,8 +195,7 @@ def _compute(chain: Chain) -> float:
     return sum(p.seconds for p in chain if p.stream == "compute")
 
 
-def _work_row(work: BlockWork, run: _Run) -> list[float]:
-    unit = work.units[run.segment]
+def _work_row(unit: UnitWork) -> list[float]:
     forward, again, backward = _by_stream(unit.forward), _by_stream(unit.again), _by_stream(unit.backward)
     return [
         forward[0], _compute(unit.forward), forward[1], forward[2], again[0], backward[0], _compute(unit.backward),
@@ -204,39 +203,37 @@ def _work_row(work: BlockWork, run: _Run) -> list[float]:
     ]  # fmt: skip
 
 
-def _weight_row(weights: BlockWeights, run: _Run) -> list[float]:
-    unit = weights.units[run.segment]
+def _weight_row(unit: UnitWeights) -> list[float]:
     gather = _by_stream(unit.gather)[1:]
     regather = gather if unit.regather else (0.0, 0.0)
     return [*gather, *regather, *_by_stream(unit.reduce)[1:], *_by_stream(unit.reduce_last)[1:]]
 
 
-def _run_bound(work: Array, weights: Array, run: _Run, contention: float, last: bool) -> Array:
-    """(option, 4): the sequential path and the three streams of one run. `work`: (option, len(_WORK))."""
-    again_n, again_m = run.count - 1, max(run.count - 2, 0)
-    gather, regather = weights[0:2], weights[2:4]
-    reduce = weights[6:8] if last else weights[4:6]
-    forward = work[:, 0] + contention * np.minimum(work[:, 1], gather.sum())
-    channels = again_n * (gather + work[:, 2:4])
-    copies = 2 * forward + max(run.count - 3, 0) * work[:, 9] if run.count > 2 and run.trains else 0.0
-    path = np.maximum(np.maximum(again_n * forward, channels.max(axis=1)), copies) + forward
-    if run.first:
-        path = path + gather.max()
-    intra_inter = run.count * (gather + work[:, 2:4])
-    copy = np.zeros(len(work))
-    if run.trains:
-        beside = (regather + weights[4:6]).sum()
-        backward = work[:, 4] + work[:, 5] + contention * np.minimum(work[:, 6], beside)
-        needed = regather + work[:, 7:9]
-        channels = np.where(needed > 0, again_n * needed + again_m * reduce, 0.0)
-        slowest = np.maximum(channels.max(axis=1), again_n * work[:, 9])
-        path = path + np.maximum(again_n * backward, slowest) + backward
-        if run.ends_backward:
-            path = path + reduce.sum()
-        gathers = run.count - 1 if run.last else run.count
-        intra_inter = intra_inter + gathers * regather + run.count * (work[:, 7:9] + reduce)
-        copy = 2 * run.count * work[:, 9]
-    return np.stack([path, intra_inter[:, 0], intra_inter[:, 1], copy], axis=1)
+def _run_bounds(work: Array, weights: Array, shape: _Shape, contention: float) -> tuple[Array, Array]:
+    """Twice (option, 4), for an ordinary and for the last micro-step: the sequential path and the three streams, summed
+    over a block's runs. `work`: (option, run, len(_WORK)); `weights`: (run, len(_WEIGHTS))."""
+    count, trains = shape.count, shape.trains
+    gather, regather = weights[:, 0:2], weights[:, 2:4]
+    host = work[:, :, 9]
+    forward = work[:, :, 0] + contention * np.minimum(work[:, :, 1], gather.sum(axis=1))
+    channels = (count - 1) * (gather + work[:, :, 2:4]).max(axis=2)
+    copies = np.where((count > 2) & trains, 2 * forward + np.maximum(count - 3, 0) * host, 0.0)
+    path = np.maximum(np.maximum((count - 1) * forward, channels), copies) + forward + shape.first * gather.max(axis=1)
+    beside = (regather + weights[:, 4:6]).sum(axis=1)
+    backward = work[:, :, 4] + work[:, :, 5] + contention * np.minimum(work[:, :, 6], beside)
+    needed = regather + work[:, :, 7:9]
+    loads = (count * trains)[:, None] * work[:, :, 7:9] + (trains * (count - shape.last))[:, None] * regather
+    loads = loads + count[:, None] * (gather + work[:, :, 2:4])
+    copy = (2 * count * trains * host).sum(axis=1)
+    halves = []
+    for columns in (slice(4, 6), slice(6, 8)):
+        reduce = weights[:, columns]
+        queued = (count - 1)[:, None] * needed + np.maximum(count - 2, 0)[:, None] * reduce
+        slowest = np.maximum(np.where(needed > 0, queued, 0.0).max(axis=2), (count - 1) * host)
+        back = np.maximum((count - 1) * backward, slowest) + backward + shape.ends_backward * reduce.sum(axis=1)
+        streams = (loads + (count * trains)[:, None] * reduce).sum(axis=1)
+        halves.append(np.column_stack([(path + trains * back).sum(axis=1), streams, copy]))
+    return halves[0], halves[1]
 
 
 def replace_sharding(option: Option, sharding: Sharding) -> Option:
@@ -270,20 +267,21 @@ def saves_no_more(left: Sequence[int], right: Sequence[int]) -> bool:
     return True
 
 
-def undominated(options: Sequence[Option], memory: Array) -> NDArray[np.int64]:
-    """Indices of options (of one sharding) that no other of equal layout beats in both savers and memory."""
-    kept: list[int] = []
-    families: dict[object, list[int]] = {}
-    for i, option in enumerate(options):
-        families.setdefault(option.plan.layout, []).append(i)
-    for members in families.values():
-        savers = [option_savers(options[i]) for i in members]
-        faster = np.array([[saves_no_more(a, b) for b in savers] for a in savers])
-        smaller = (memory[members][:, None, :] <= memory[members][None, :, :]).all(axis=2)
-        beaten = faster & smaller
-        np.fill_diagonal(beaten, False)
-        kept += [i for i, lost in zip(members, beaten.any(axis=0)) if not lost]
-    return np.array(sorted(kept), dtype=np.int64)
+def faster_options(options: Sequence[Option]) -> NDArray[np.bool_]:
+    """(i, j): whether option i is no slower than j for certain, by its savers; layouts must be equal."""
+    savers = [(option_savers(o), o.plan.layout) for o in options]
+    matrix = np.array([[a[1] == b[1] and saves_no_more(a[0], b[0]) for b in savers] for a in savers])
+    np.fill_diagonal(matrix, False)
+    return matrix
+
+
+def undominated(faster: NDArray[np.bool_], memory: Array) -> NDArray[np.int64]:
+    """Indices of options (of one sharding) that no other beats in both time and memory at every moment."""
+    kept = np.ones(len(memory), dtype=bool)
+    for better, worse in zip(*np.nonzero(faster)):
+        if kept[worse] and (memory[better] <= memory[worse]).all():
+            kept[worse] = False
+    return np.flatnonzero(kept)
 
 
 def recompute_is_nested(program: Program) -> bool:

@@ -1,4 +1,4 @@
-"""Programs made by hand: a dense language model, a vision-language model, mixtures of experts, and random small ones."""
+"""Programs made by hand: a dense language model, vision-language models, mixtures of experts, random small ones."""
 
 from __future__ import annotations
 
@@ -294,7 +294,7 @@ def random_program(seed: int) -> Program:
     """A small program whose weights or activations may or may not fit."""
     rng = random.Random(seed)
     seq_len = rng.choice([1024, 4096, 16384, 65536])
-    heads = rng.choice([4, 8, 12])
+    heads = rng.choice([4, 8, 12, 40])
     kv_heads = rng.choice([h for h in (1, 2, 4) if heads % h == 0])
     hidden = heads * rng.choice([64, 128, 256])
     experts = rng.choice([0, 0, 4, 8])
