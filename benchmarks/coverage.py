@@ -2,8 +2,9 @@
 
 Goes over every class of transformers' multimodal-LM and image-text-to-text mappings and every causal LM whose default
 configuration has experts. Stages: build (on the meta device), inputs, forward (fake, to a scalar loss), capture, plan.
-Some default configurations cannot run in any framework: no placeholder token ids, a vision tower wider than the text it
-feeds. A class that fails as it is, is tried again with such fields mended (by general rules, `mend`), and counted apart.
+Some default configurations cannot run in any framework: no placeholder token ids, a vision tower wider than the text
+that it feeds. A class that fails as it is, is tried again with such fields mended (by general rules, `mend`), and
+counted apart.
 Prints how many succeed, with the reason for each that does not; writes benchmarks/results/coverage.json and .md.
 
     python benchmarks/coverage.py [--until forward|capture|plan] [--only NAME ...] [--jobs 2]
@@ -12,13 +13,13 @@ Prints how many succeed, with the reason for each that does not; writes benchmar
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
 import re
 import resource
 import signal
-import sys
 import time
 import warnings
 from collections import Counter
@@ -71,7 +72,7 @@ def _has_experts(name: str) -> bool:
     try:
         config = getattr(transformers, name).config_class()
         text = config.get_text_config()
-    except Exception:  # noqa: BLE001  a class that cannot be looked at is no mixture of experts that we know of
+    except Exception:  # a class that cannot be looked at is no mixture of experts that we know of
         return False
     return any(isinstance(n := getattr(text, f, None), int) and n > 1 for f in EXPERT_FIELDS)
 
@@ -106,8 +107,8 @@ TOWER_OUTPUT_FIELDS = ("out_hidden_size", "output_dim", "output_proj_dim")
 def mend(name: str) -> tuple[Any, list[str]]:
     """The default configuration of class `name` with what keeps it from running changed, and what was changed.
 
-    Placeholder token ids that are not set get the last ids of the vocabulary; a tower's output gets the width of the text
-    that it feeds; attention dropout, which the attention operator refuses, is 0.
+    Placeholder token ids that are not set get the last ids of the vocabulary; a tower's output gets the width of the
+    text that it feeds; attention dropout, which the attention operator refuses, is 0.
     """
     import transformers
 
@@ -125,7 +126,7 @@ def mend(name: str) -> tuple[Any, list[str]]:
                 walk(value, f"{path}{key}.")
             elif re.search(r"att.*drop", key) and isinstance(value, float) and value > 0:
                 put(owner, path, key, 0.0)
-            elif key in TOWER_OUTPUT_FIELDS and owner is not text and isinstance(value, int) and value != text.hidden_size:
+            elif key in TOWER_OUTPUT_FIELDS and owner is not text and value not in (None, text.hidden_size):
                 put(owner, path, key, text.hidden_size)
 
     walk(config, "")
@@ -171,7 +172,7 @@ def attempt(name: str, group: str, until: str) -> Outcome:
         return outcome
     try:
         config, changed = mend(name)
-    except Exception:  # noqa: BLE001  the default configuration cannot even be looked at
+    except Exception:  # the default configuration cannot even be looked at
         return outcome
     if not changed:
         return outcome
@@ -200,7 +201,7 @@ def _attempt(name: str, group: str, until: str, config: Any) -> Outcome:
         start = time.perf_counter()
         try:
             made[stage] = steps[stage]()
-        except Exception as error:  # noqa: BLE001  every reason is a result
+        except Exception as error:  # every reason is a result
             outcome.failed = stage
             outcome.reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         outcome.seconds[stage] = round(time.perf_counter() - start, 2)
@@ -211,8 +212,8 @@ def _attempt(name: str, group: str, until: str, config: Any) -> Outcome:
 
 def _child(name: str, group: str, until: str, memory: int, pipe: Connection) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    sys.stderr = open(os.devnull, "w")
-    pipe.send(asdict(attempt(name, group, until)))
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
+        pipe.send(asdict(attempt(name, group, until)))
 
 
 def run_all(todo: list[tuple[str, str]], until: str, jobs: int, timeout: float, memory: int) -> list[Outcome]:
@@ -269,8 +270,8 @@ def report(outcomes: list[Outcome], until: str) -> str:
     lines = [
         f"# Coverage up to `{until}`: {len(good)} of {len(outcomes)} classes ({len(good) / total:.0%})",
         "",
-        f"{len(as_is)} ({len(as_is) / total:.0%}) with the default configuration as it is, {len(good) - len(as_is)} with "
-        "fields mended that keep the default configuration from running (last table).",
+        f"{len(as_is)} ({len(as_is) / total:.0%}) with the default configuration as it is, {len(good) - len(as_is)} "
+        "with fields mended that keep the default configuration from running (last table).",
         "",
         f"transformers {transformers.__version__}, torch {torch.__version__}, made by "
         f"`python benchmarks/coverage.py --until {until}`.",

@@ -1,5 +1,5 @@
-"""Example inputs of models at their published widths (few layers): the forward gives a scalar loss, and the placeholders
-are as many as each model's documented merging says."""
+"""Example inputs of models at their published widths (few layers): the forward gives a scalar loss, and there are
+as many placeholders as each model's documented merging says."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROPE = {"rope_type": "default", "rope_theta": 1e6}
 
 @dataclass(frozen=True)
 class Case:
-    """grid: patches of each image (height, width). frames: per clip. image_tokens / clip_tokens: expected placeholders."""
+    """grid: patches of each image (height, width). frames: per clip. image_tokens / clip_tokens: expected counts."""
 
     model: Any
     config: Any
@@ -166,8 +166,8 @@ def siglip() -> Case:
     return Case(transformers.SiglipModel, config, rows=Rows.IMAGES, seq_len=64)
 
 
-CASES = [qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_vl_moe, qwen2_5_omni, qwen3_omni, qwen3_moe, deepseek_v3, llama, janus, emu3]
-CASES += [whisper, siglip]
+CASES = [qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_vl_moe, qwen2_5_omni, qwen3_omni, qwen3_moe, deepseek_v3, llama]
+CASES += [janus, emu3, whisper, siglip]
 
 
 def _make(case: Case, images: int, clips: int) -> tuple[torch.nn.Module, ExampleInputs]:

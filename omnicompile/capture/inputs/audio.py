@@ -14,6 +14,7 @@ from omnicompile.capture.inputs.types import AudioConstraints, FloatSpec
 FEATURES = ("input_features", "audio_input_features")
 WAVEFORMS = ("input_values",)
 MASKS = ("feature_attention_mask", "input_features_mask", "audio_attention_mask", "input_values_mask", "padding_mask")
+_MEL_FIELDS = ("num_mel_bins", "n_mel_bins", "mel_bins", "feature_size", "input_feat_size", "input_size", "input_dim")
 _SAMPLE_RATE = 16000
 _FRAME_MULTIPLE = 8  # three stride-2 convolutions, the most that audio front ends have
 
@@ -63,8 +64,7 @@ def audio_layouts(facts: Facts, clips: int, frames: int) -> Iterator[dict[str, A
     if name in WAVEFORMS:
         shapes = [(clips, frames), (clips, 1, frames), (clips, frames, 1)]
     else:
-        fields = ("num_mel_bins", "n_mel_bins", "mel_bins", "feature_size", "input_feat_size", "input_size", "input_dim")
-        mel = int(first_value(facts.audio_configs, *fields) or 80)
+        mel = int(first_value(facts.audio_configs, *_MEL_FIELDS) or 80)
         mel *= int(first_value(facts.audio_configs, "num_stacked_frames") or 1)
         shapes = [(clips, mel, frames), (clips, frames, mel)]
     masks = [mask for mask in MASKS if mask in facts.arguments]

@@ -1,4 +1,4 @@
-"""Facts read from a Hugging Face configuration and a forward signature, by the names that processors and models share."""
+"""Facts read from a Hugging Face configuration and a forward signature, by the names that models share."""
 
 from __future__ import annotations
 

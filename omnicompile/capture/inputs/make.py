@@ -38,12 +38,13 @@ def make_inputs(model: nn.Module, sample: InputRequest, check: bool = True) -> E
     """Arguments for `model`'s forward (with loss) with exactly the numbers of `sample`.
 
     `model` may be on the meta device. check: run the whole forward on fake tensors, and make host metadata of the token
-    ids where its control flow depends on them. Raises CaptureError where an input cannot be guessed, or where `sample` breaks the
-    model's `input_constraints`.
+    ids where its control flow depends on them. Raises CaptureError where an input cannot be guessed, or where `sample`
+    breaks the model's `input_constraints`.
     """
     facts = Facts.of(model)
     limits = constraints_of(facts)
-    rows = {Rows.SAMPLES: sample.batch, Rows.IMAGES: sample.images, Rows.CLIPS: sample.clips}[limits.rows] or sample.batch
+    rows_of = {Rows.SAMPLES: sample.batch, Rows.IMAGES: sample.images, Rows.CLIPS: sample.clips}
+    rows = rows_of[limits.rows] or sample.batch
     _check(limits, sample)
     towers: dict[str, Any] = {}
     spans: list[Span] = []
@@ -82,9 +83,10 @@ def make_inputs(model: nn.Module, sample: InputRequest, check: bool = True) -> E
 def _check(limits: InputConstraints, sample: InputRequest) -> None:
     if limits.max_seq_len is not None and sample.seq_len > limits.max_seq_len:
         raise CaptureError(f"the model takes at most {limits.max_seq_len} text tokens, got {sample.seq_len}")
-    if limits.images is not None and limits.images.grid is None and sample.images and sample.image_grid is not None:
-        if any(n % m for n, m in zip(sample.image_grid, limits.images.multiple)):
-            raise CaptureError(f"the image grid {sample.image_grid} is not a multiple of {limits.images.multiple}")
+    if limits.images is None or limits.images.grid is not None or not sample.images or sample.image_grid is None:
+        return
+    if any(n % m for n, m in zip(sample.image_grid, limits.images.multiple)):
+        raise CaptureError(f"the image grid {sample.image_grid} is not a multiple of {limits.images.multiple}")
 
 
 def _grid(limits: InputConstraints, sample: InputRequest) -> tuple[int, int]:
@@ -121,7 +123,7 @@ def _choose(
     seq_len: int,
     layouts: Callable[[int], list[dict[str, Any]]],
 ) -> tuple[dict[str, Any], int]:
-    """The first of `layouts(text length)` that the forward takes, and the placeholders per image or clip it asks for."""
+    """The first of `layouts(text length)` that the forward takes, and the placeholders it asks for per item."""
     token = placeholder_id(facts, modality)
     kind = _IMAGE if modality == "image" else _AUDIO
     # Two each: some models take a lone placeholder for an unexpanded one and expand it themselves.
@@ -150,7 +152,8 @@ def _choose(
 
 def _most_telling(failures: list[str]) -> str:
     """Of the candidates' failures the first that is not about the shape of the candidate itself."""
-    return next((f for f in failures if not f.startswith(("ValueError: not enough", "ValueError: too many"))), failures[0])
+    about_shape = ("ValueError: not enough values", "ValueError: too many values")
+    return next((f for f in failures if not f.startswith(about_shape)), failures[0])
 
 
 def _text_arguments(

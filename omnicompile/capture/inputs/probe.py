@@ -111,9 +111,8 @@ def _fake(value: Any, mode: FakeTensorMode) -> Any:
 
 @contextlib.contextmanager
 def _plain_state_restored(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode meanwhile (dropout changes no shape). Attributes that a forward sets on modules, such as cached
-    position offsets, would outlive their fake mode."""
-
+    """In evaluation mode meanwhile (dropout changes no shape). Attributes that a forward sets on modules, such as
+    cached position offsets, would outlive their fake mode."""
 
     def public(module: nn.Module) -> dict[str, Any]:
         return {name: value for name, value in module.__dict__.items() if not name.startswith("_")}
@@ -129,7 +128,9 @@ def _plain_state_restored(model: nn.Module) -> Iterator[None]:
             module.__dict__.update(attributes)
 
 
-def observe(model: nn.Module, kwargs: Mapping[str, Any], host: set[str], seq_len: int, whole: bool = False) -> Observation:
+def observe(
+    model: nn.Module, kwargs: Mapping[str, Any], host: set[str], seq_len: int, whole: bool = False
+) -> Observation:
     """Run `model(**kwargs)` on fake tensors; `host` names the arguments kept real. seq_len: length of the text rows.
     Stops where features meet the text, unless `whole`, which runs to the loss."""
     mode = new_fake_mode()

@@ -18,7 +18,7 @@ _GAP = 2  # text tokens before each run of placeholders: models tell one image f
 
 @dataclass(frozen=True)
 class Span:
-    """`count` placeholders of one image or clip. kind: 1 for images, 2 for audio (the numbers of `mm_token_type_ids`)."""
+    """`count` placeholders of one image or clip. kind: 1 for images, 2 for audio, as in `mm_token_type_ids`."""
 
     token: int
     count: int
@@ -93,6 +93,6 @@ def rope_positions(model: nn.Module, kwargs: dict[str, Any], text: Text) -> Tens
     try:
         with torch.device("cpu"):
             result = owner.get_rope_index(**given)  # type: ignore[operator]
-    except AttributeError:  # a configuration that lacks a token id which only this needs: the model's own default serves
+    except AttributeError:  # the configuration lacks a token id that only this needs: the model's own default serves
         return None
     return result[0] if isinstance(result, tuple) else result

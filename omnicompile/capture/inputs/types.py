@@ -1,4 +1,4 @@
-"""What is asked for (`InputRequest`), what the model allows (`InputConstraints`) and what comes out (`ExampleInputs`)."""
+"""What is asked for (`InputRequest`), what the model allows (`InputConstraints`), what comes out (`ExampleInputs`)."""
 
 from __future__ import annotations
 

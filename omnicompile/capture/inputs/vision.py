@@ -188,9 +188,7 @@ def _whole_images(
             yield {found.pixels: FloatSpec(shape, facts.dtype), **extras, "image_sizes": plain}
 
 
-def _pixel_masks(
-    facts: Facts, rows: int, per_row: int, size: tuple[int, int], dims: int
-) -> list[dict[str, Tensor]]:
+def _pixel_masks(facts: Facts, rows: int, per_row: int, size: tuple[int, int], dims: int) -> list[dict[str, Tensor]]:
     """Which pixels, or which images, are no padding: all of them."""
     name = "pixel_attention_mask"
     if name not in facts.arguments or dims != 5:
