@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from omnicompile.passes.data_mean import insert_data_mean_pass
 from omnicompile.passes.expert_parallel import insert_expert_parallel_pass
+from omnicompile.passes.functional import remove_mutation_pass
 from omnicompile.passes.loss import normalise_loss_pass
 from omnicompile.passes.manager import Pass, run_passes
 from omnicompile.passes.parameters import shard_parameters_pass
@@ -14,11 +15,12 @@ from omnicompile.plan import Plan
 __all__ = ["FORWARD_PASSES", "RankProgram", "bind_groups", "lower_forward"]
 
 FORWARD_PASSES: tuple[Pass, ...] = (
+    Pass("functional", remove_mutation_pass, provides=frozenset({"functional"}), excludes=frozenset({"sequence"})),
     Pass("loss", normalise_loss_pass, provides=frozenset({"global-loss"}), excludes=frozenset({"sequence"})),
     Pass(
         "data-mean",
         insert_data_mean_pass,
-        requires=frozenset({"global-loss"}),
+        requires=frozenset({"functional", "global-loss"}),
         provides=frozenset({"global-means"}),
         excludes=frozenset({"sequence"}),
     ),

@@ -145,6 +145,19 @@ def index_add(call: OpCall) -> list[Choice]:
     ]
 
 
+def slice_scatter(call: OpCall) -> list[Choice]:
+    """A slice (or one index, for select_scatter) of `self` replaced by `src`: along dimensions other than the sliced one."""
+    dim = wrap(call.values["dim"], len(call.out))
+    choices = []
+    for anchor in ("self", "src"):
+        for shard in candidate_shards(call, anchor):
+            own = shard if anchor == "self" or call.name == "slice_scatter" else Shard(shard.dim + (shard.dim >= dim))
+            source = own if call.name == "slice_scatter" else Shard(own.dim - (own.dim > dim), own.outer)
+            if own.dim != dim and call.fits(call.out, own):
+                choices.append(Choice({"self": own, "src": source}, (own,)))
+    return choices
+
+
 _TRANSPARENT = frozenset({"aten::to", "aten::_to_copy", "aten::alias", "aten::clone", "aten::contiguous", "aten::detach"})
 
 
@@ -185,6 +198,8 @@ RULES: dict[str, Rule] = {
     "aten::scatter": scatter,
     "aten::scatter_add": scatter,
     "aten::scatter_reduce": scatter,
+    "aten::slice_scatter": slice_scatter,
+    "aten::select_scatter": slice_scatter,
     "aten::index_add": index_add,
     "aten::index_copy": index_add,
     "aten::masked_scatter": masked_scatter,

@@ -79,9 +79,10 @@ def program_of(
         node.meta["block"] = block_of(node, encoders)
     values = {n.name: n.meta["val"] for n in captured.gm.graph.find_nodes(op="placeholder")}
     named = dict(model.named_parameters(remove_duplicate=False))
+    first = {id(p): name for name, p in reversed(list(named.items()))}
     params = {
-        p: ParamSpec(name, tuple(named[name].shape), named[name].requires_grad, named[name].dtype)
-        for p, name in captured.params.items()
+        p: ParamSpec(first[id(named[n])], tuple(named[n].shape), named[n].requires_grad, named[n].dtype)
+        for p, n in captured.params.items()
     }
     inputs = {p: InputSpec(name, "buffer") for p, name in captured.buffers.items()}
     inputs |= {p: InputSpec(p, "constant") for p in captured.constants}
