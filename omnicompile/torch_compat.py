@@ -13,9 +13,12 @@ from torch._subclasses.functional_tensor import FunctionalTensorMode, disable_fu
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+OpOverload = torch._ops.OpOverload
+
 __all__ = [
     "FakeTensor",
     "FakeTensorMode",
+    "OpOverload",
     "is_autocast_switch",
     "is_grad_switch",
     "is_plain_host_tensor",

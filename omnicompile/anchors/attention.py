@@ -1,10 +1,10 @@
 """`omnicompile::attention`: one operator for dense, packed, windowed and cross attention.
 
 Layout: q [batch, heads, q_len, head_dim], k [batch, kv_heads, kv_len, head_dim], v [batch, kv_heads, kv_len,
-v_head_dim]; heads is a multiple of kv_heads. With `cu_q`/`cu_k` (int tensors of segment boundaries, flash-attention's
-cu_seqlens) the batch is 1 and attention stays within segments. `window` > 0 limits each query to the `window` keys up to
-and including its own position (sliding window); 0 means no limit. `softcap` > 0 caps scores by tanh. `sinks` [heads] adds one learned
-score per head to the softmax's denominator.
+v_head_dim]; heads is a multiple of kv_heads. With `cu_q`/`cu_k` (int tensors of segment boundaries, the cu_seqlens of
+flash-attention) the batch is 1 and attention stays within segments. `window` > 0 limits each query to the `window` keys
+up to and including its own position (sliding window); 0 means no limit. `softcap` > 0 caps scores by tanh. `sinks`
+[heads] adds one learned score per head to the softmax's denominator.
 
 Returns the output [batch, heads, q_len, v_head_dim] and the log-sum-exp of the scores [batch, heads, q_len] in float32
 (float64 for float64 inputs), which the backward reads instead of the attention matrix.

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from omnicompile.anchors import attention as _attention  # noqa: F401  (these define the operators named below)
 from omnicompile.anchors import experts as _experts  # noqa: F401
 from omnicompile.anchors import markers as _markers  # noqa: F401
+from omnicompile.torch_compat import OpOverload
 
 aten = torch.ops.aten
 omni = torch.ops.omnicompile
@@ -40,7 +41,7 @@ def is_view(node: fx.Node) -> bool:
     """True if the result shares its first argument's storage and the operator does no work."""
     if node.target is aten._unsafe_view.default or node.target is aten.lift_fresh_copy.default:
         return True
-    schema = node.target._schema if isinstance(node.target, torch._ops.OpOverload) else None
+    schema = node.target._schema if isinstance(node.target, OpOverload) else None
     if schema is None or not schema.returns:
         return False
     alias = schema.returns[0].alias_info
@@ -64,7 +65,7 @@ def is_cheap(node: fx.Node) -> bool:
     """Worth running again rather than keeping its result: bandwidth-bound and without randomness."""
     if is_free(node):
         return True
-    random = isinstance(node.target, torch._ops.OpOverload) and _RANDOM_TAG in node.target.tags
+    random = isinstance(node.target, OpOverload) and _RANDOM_TAG in node.target.tags
     return is_fusible(node) and not random
 
 
