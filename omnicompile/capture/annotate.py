@@ -29,7 +29,6 @@ class Annotator:
 
     joint: JointGraph
     reader: SizeReader
-    constants: dict[str, Tensor]
     module: str
 
     def ops(self) -> tuple[Op, ...]:
@@ -143,10 +142,10 @@ class Annotator:
         if not isinstance(value, fx.Node):
             return None
         base = storage_of(value)
-        found = base.meta.get("val")
         if base.op == "get_attr":
             found = _attribute(self.joint.graph.owning_module, str(base.target))
-        return found if isinstance(found, Tensor) and type(found) is Tensor else None
+            return found if type(found) is Tensor else None
+        return self.joint.constants.get(base)
 
     def _grouped(self, node: fx.Node, phase: Phase, feeds: frozenset[str]) -> Op:
         weight_grad = node.target is omni.grouped_mm_weight.default

@@ -97,7 +97,7 @@ def _segment(
     region: Region, joint: JointGraph, reader: SizeReader, traced: TracedForward, params: tuple[Param, ...]
 ) -> Segment:
     module = region.kind.path if region.kind is not None else ""
-    annotator = Annotator(joint, reader, traced.constants, module)
+    annotator = Annotator(joint, reader, module)
     fused = {node: group[-1].name for group in fuse(joint.forward) for node in group}
     live = analyse(joint, reader, fused)
     inputs = joint.differentiable - set(joint.params)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,7 +33,8 @@ class JointGraph:
 
     forward / backward: calls in order. params: placeholder -> parameter name. activations: placeholders of values that
     flow in from other regions (with `differentiable` those that need a gradient). outputs: forward results that flow
-    out. weight_grads / input_grads: the backward's results.
+    out. weight_grads / input_grads: the backward's results. constants: the real tensors behind placeholders that the
+    trace burnt in (segment boundaries, indices). outer: placeholder -> node of the whole graph.
     """
 
     graph: fx.Graph
@@ -47,6 +47,8 @@ class JointGraph:
     outputs: list[fx.Node]
     weight_grads: dict[str, fx.Node]
     input_grads: list[fx.Node]
+    constants: dict[fx.Node, Tensor] = field(default_factory=dict)
+    outer: dict[fx.Node, fx.Node] = field(default_factory=dict)
 
 
 def needs_gradient(traced: TracedForward) -> set[fx.Node]:
@@ -95,12 +97,19 @@ def _fused_attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **kw
     return out
 
 
+def _copied(into: Tensor, source: Tensor, *_: Any) -> Tensor:
+    """What functionalization makes of `into.copy_(source)`, by operators that have a derivative."""
+    return source.to(into.dtype).expand(into.shape)
+
+
 class _Interpreter(fx.Interpreter):
-    """Runs a segment, plain attention as the anchor and in-place updates of inputs on copies."""
+    """Runs a segment, plain attention as the anchor and copies by operators that have a derivative."""
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target is aten.scaled_dot_product_attention.default:
             return _fused_attention(*args, **kwargs)
+        if target is aten.copy.default:
+            return _copied(*args)
         return super().call_function(target, args, kwargs)
 
 
@@ -164,10 +173,12 @@ def _split(
     backward = calls[marks[-1] + 1 :] if marks else []
     result = next(n for n in graph.nodes if n.op == "output").args[0]
     grads = list(result[1])
-    params, weight_grads, input_grads = {}, {}, []
+    params, weight_grads, input_grads, constants = {}, {}, [], {}
     for position, (node, outer) in enumerate(zip(placeholders, segment.inputs)):
         if outer.name in traced.params:
             params[node] = traced.params[outer.name]
+        if outer.name in traced.constants:
+            constants[node] = traced.constants[outer.name]
         if position in wanted and (grad := grads[wanted.index(position)]) is not None:
             if node in params:
                 weight_grads[params[node]] = grad
@@ -185,8 +196,6 @@ def _split(
         outputs=[calls[i].args[0] for i in marks],
         weight_grads=weight_grads,
         input_grads=input_grads,
+        constants=constants,
+        outer=dict(zip(placeholders, segment.inputs)),
     )
-
-
-def is_getitem(node: fx.Node) -> bool:
-    return node.target is operator.getitem

@@ -197,10 +197,11 @@ def _cut_outside(
             region = between
         elif node in after:
             region = last
-        elif node in before or not holds_loss:
+        elif node in before:
             region = first
         else:
-            # Neither feeds a layer nor comes from one: the loss's own preparation (label shift), or a bypass.
+            # Neither feeds a layer nor comes from one: the loss's own preparation (label shift), a learned query of
+            # a pooling head, or a bypass. All are used after the layers.
             region = last
         of_node[node] = region
     present = {id(of_node[n]) for n in members}
