@@ -123,11 +123,15 @@ def _search(args: argparse.Namespace) -> PlanResult:
 
 def _report(result: PlanResult, saved: str | None) -> str:
     from omnicompile.report.terminal import plan_text
-    from omnicompile.report.units import seconds_text
+    from omnicompile.report.units import plural, seconds_text
 
     text = plan_text(result.plans[0], result.program, result.plans[1:], result.lost_because[1:], color=color_wanted())
     steps = ", ".join(f"{name} {seconds_text(value)}" for name, value in result.seconds.items())
-    lines = [text, "", f"{result.explored:,} plans considered, {result.simulated:,} of them simulated ({steps})"]
+    lines = [
+        text,
+        "",
+        f"{plural(result.explored, 'plan')} considered, {result.simulated:,} of them simulated ({steps})",
+    ]
     if saved is not None:
         lines.append(f"saved as {saved}")
     return "\n".join(lines)

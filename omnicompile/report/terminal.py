@@ -14,7 +14,7 @@ from rich.text import Text
 from omnicompile.plan import BlockPlan, Plan, Prediction
 from omnicompile.program import Program
 from omnicompile.report import figures
-from omnicompile.report.units import count_text, digits, gib, percent, seconds_text
+from omnicompile.report.units import count_text, digits, gib, percent, plural, seconds_text
 
 MAX_WIDTH = 120
 BAR = 28
@@ -83,7 +83,7 @@ def _summary(plan: Plan, program: Program | None) -> Table:
         table.add_row("model", _model_words(program))
     table.add_row("sample", _sample_words(plan, program))
     table.add_row("step", _step_words(plan))
-    table.add_row("mesh", f"{figures.mesh_words(plan.mesh)} = {plan.mesh.world:,} ranks")
+    table.add_row("mesh", _mesh_words(plan))
     table.add_row("options", _option_words(plan))
     if plan.prediction is None:
         table.add_row("speed", "not priced")
@@ -110,23 +110,24 @@ def _sample_words(plan: Plan, program: Program | None) -> str:
         each = f" of {load.image_size[0]}x{load.image_size[1]}"
         if program is not None and program.sample.patches_per_image:
             each = f" ({program.sample.patches_per_image:,} patches each)"
-        words.append(_plural(images, "image") + each)
+        words.append(plural(images, "image") + each)
     if program is None and load.audio_seconds:
         words.append(f"{load.audio_seconds:g} s of audio")
     if program is not None and program.sample.clips:
-        words.append(_plural(program.sample.clips, "audio clip") + f" ({program.sample.frames_per_clip:,} frames each)")
+        words.append(plural(program.sample.clips, "audio clip") + f" ({program.sample.frames_per_clip:,} frames each)")
     return ", ".join(words)
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
 def _step_words(plan: Plan) -> str:
     samples = plan.global_batch
-    steps, ranks = _plural(plan.accumulation, "micro-step"), _plural(plan.mesh.data_ranks, "data rank")
+    steps, ranks = plural(plan.accumulation, "micro-step"), plural(plan.mesh.data_ranks, "data rank")
     factors = f"{plan.micro_batch} per micro-batch x {steps} x {ranks}"
-    return f"{samples:,} samples, {count_text(samples * plan.workload.seq_len)} tokens ({factors})"
+    return f"{plural(samples, 'sample')}, {count_text(samples * plan.workload.seq_len)} tokens ({factors})"
+
+
+def _mesh_words(plan: Plan) -> str:
+    words = figures.mesh_words(plan.mesh)
+    return f"{words} = {plan.mesh.world:,} ranks" if plan.mesh.world > 1 else words
 
 
 def _option_words(plan: Plan) -> str:

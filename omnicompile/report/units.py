@@ -57,6 +57,11 @@ def percent(fraction: float) -> str:
     return f"{fraction * 100:.1f}%"
 
 
+def plural(count: int, noun: str) -> str:
+    """1 image, 1,000 images."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
 def _scaled(value: float, base: int, units: tuple[str, ...]) -> str:
     unit = 0
     while abs(value) >= base and unit < len(units) - 1:
