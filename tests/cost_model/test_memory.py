@@ -1,0 +1,142 @@
+"""Memory of a plan: state by sharding, activations by policy, and agreement with the timeline."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.append(str(Path(__file__).parents[1] / "planner"))
+
+import synthetic
+
+from omnicompile.cluster import Cluster
+from omnicompile.cost_model import timeline
+from omnicompile.cost_model.memory import KINDS, MemoryLayout, Table
+from omnicompile.cost_model.step_model import StepModel
+from omnicompile.cost_model.step_schedule import build_step
+from omnicompile.plan import BlockPlan, Layout, LossHead, Mesh, Plan, Sharding
+from omnicompile.program import Program, Recompute
+from omnicompile.workload import Workload
+
+CLUSTER = Cluster(16)
+
+
+def make_plan(program: Program, mesh: Mesh, micro_batch: int = 1, **choices: object) -> Plan:
+    layout = Layout.BATCH if mesh.sp == 1 else Layout.SEQUENCE
+    block = replace(BlockPlan(layout=layout, sp=mesh.sp), **choices)  # type: ignore[arg-type]
+    blocks = {b.name: block for b in program.blocks}
+    return Plan("m", CLUSTER, Workload(program.sample.seq_len), mesh, blocks, micro_batch)
+
+
+def table(program: Program, plan: Plan, model: StepModel) -> Table:
+    """Bytes (kind, moment), all blocks together."""
+    layout = MemoryLayout(program)
+    frozen = frozenset(name for name, block in plan.blocks.items() if block.frozen)
+    trains = {name: gradient.any for name, gradient in model.gradients(frozen).items()}
+    parts = [
+        layout.work_bytes(name, cost.work, trains)
+        + layout.weights_bytes(name, cost.weights, plan.blocks[name].reshard, trains)
+        for name, cost in model.plan_blocks(plan).items()
+    ]
+    return np.sum(parts, axis=0)
+
+
+def peak(program: Program, plan: Plan) -> float:
+    return float(table(program, plan, StepModel(program, CLUSTER)).sum(axis=0).max())
+
+
+def state(program: Program, plan: Plan) -> dict[str, float]:
+    blocks = StepModel(program, CLUSTER).plan_blocks(plan).values()
+    return {
+        name: sum(getattr(b.weights.static, name) for b in blocks) for name in ("parameters", "gradients", "optimizer")
+    }
+
+
+def test_fully_sharded_state_is_sixteen_bytes_per_parameter_over_all_ranks() -> None:
+    program = synthetic.dense_lm()
+    local = program.param_count / 16
+    expected = {"parameters": 4 * local, "gradients": 4 * local, "optimizer": 8 * local}
+    assert state(program, make_plan(program, Mesh(dp_shard=16))) == pytest.approx(expected)
+
+
+def test_hybrid_and_replicated_state() -> None:
+    program = synthetic.dense_lm()
+    hybrid = state(program, make_plan(program, Mesh(dp_replicate=2, dp_shard=8), sharding=Sharding.HSDP))
+    assert hybrid["optimizer"] == pytest.approx(program.param_count)
+    whole = state(program, make_plan(program, Mesh(dp_shard=16), sharding=Sharding.REPLICATE))
+    assert whole["parameters"] == pytest.approx(6 * program.param_count)  # master weights and a bf16 copy
+
+
+def test_offloaded_optimizer_leaves_compute_weights_and_gradients() -> None:
+    program = synthetic.dense_lm()
+    plan = replace(make_plan(program, Mesh(dp_shard=16)), offload_optimizer=True)
+    local = program.param_count / 16
+    assert state(program, plan) == pytest.approx({"parameters": 2 * local, "gradients": 4 * local, "optimizer": 0.0})
+
+
+def test_experts_are_sharded_by_ep_and_by_the_rest() -> None:
+    program = synthetic.moe_lm()
+    one = state(program, make_plan(program, Mesh(dp_shard=16)))
+    spread = state(program, make_plan(program, Mesh(dp_shard=16, ep=8), ep=8))
+    assert spread == pytest.approx(one)
+
+
+def test_saving_less_needs_less() -> None:
+    program = synthetic.dense_lm()
+    peaks = [peak(program, make_plan(program, Mesh(dp_shard=16), recompute=policy)) for policy in Recompute]
+    assert peaks[0] > peaks[1] > peaks[2]
+    assert peak(program, make_plan(program, Mesh(dp_shard=16), offload=True)) < peaks[0]
+
+
+def test_sequence_parallelism_divides_activations() -> None:
+    program = synthetic.dense_lm()
+    model = StepModel(program, CLUSTER)
+    row = KINDS.index("activations")
+    whole = table(program, make_plan(program, Mesh(dp_shard=16)), model)[row].max()
+    split = table(program, make_plan(program, Mesh(dp_shard=4, sp=4)), model)[row].max()
+    assert split == pytest.approx(whole / 4)
+
+
+def test_chunked_loss_head_saves_logits() -> None:
+    program = synthetic.dense_lm(65536)
+    plan = make_plan(program, Mesh(dp_shard=16), recompute=Recompute.FULL)
+    assert peak(program, replace(plan, loss_head=LossHead.CHUNKED)) < 0.7 * peak(program, plan)
+
+
+def test_frozen_block_keeps_weights_only() -> None:
+    program = synthetic.vision_language_7b()
+    plan = make_plan(program, Mesh(dp_shard=16))
+    blocks = plan.blocks | {"vision": replace(plan.blocks["vision"], frozen=True)}
+    cost = StepModel(program, CLUSTER).plan_blocks(replace(plan, blocks=blocks))["vision"]
+    vision = sum(s.param_count * s.count for s in program.block_segments("vision"))
+    assert cost.weights.static.total == pytest.approx(2 * vision / 16)
+    assert all(unit.saved == 0 for unit in cost.work.units.values())
+
+
+MESHES = [Mesh(dp_shard=16), Mesh(dp_replicate=4, dp_shard=4), Mesh(dp_shard=4, sp=4)]
+
+
+@pytest.mark.parametrize(
+    ("program", "mesh", "recompute", "offload"),
+    list(
+        itertools.product(
+            [synthetic.dense_lm(), synthetic.vision_language_7b(), synthetic.moe_lm()], MESHES, Recompute, [False, True]
+        )
+    ),
+    ids=lambda value: value.name if isinstance(value, Program) else None,
+)
+def test_peak_agrees_with_the_timeline(program: Program, mesh: Mesh, recompute: Recompute, offload: bool) -> None:
+    """The moments bound the timeline's peak, and closely (the timeline does not count all-to-all buffers, and a
+    reduction may be over before the next layer's temporaries are there)."""
+    sharding = Sharding.HSDP if mesh.dp_replicate > 1 else Sharding.FSDP
+    plan = make_plan(program, mesh, micro_batch=mesh.sp, recompute=recompute, offload=offload, sharding=sharding)
+    model = StepModel(program, CLUSTER)
+    by_moments = float(table(program, plan, model).sum(axis=0).max())
+    by_timeline = timeline.simulate(build_step(program, plan, model).last).peak_bytes
+    assert by_timeline <= by_moments * 1.02
+    assert by_timeline >= by_moments * 0.80
