@@ -25,6 +25,7 @@ from omnicompile.passes.placement import Partial, Replicate, Shard
 from omnicompile.passes.rank_program import DATA_AXES, RankProgram, bind_groups
 from omnicompile.plan import Plan
 from omnicompile.runtime.agreement import require_same
+from omnicompile.runtime.backends import Backend, Function
 from omnicompile.runtime.mesh import RuntimeMesh
 
 LABELS = "labels"
@@ -41,15 +42,37 @@ class Capture:
 
 @dataclass
 class LoadedProgram:
-    """A lowered forward with its groups bound, on its device. order: placeholders; fixed: those that never change."""
+    """A lowered forward with its groups bound, on its device. order: placeholders; fixed: those that never change.
+
+    forward: the forward alone. step: forward and backward in one graph, made when first asked for; None where the
+    backend leaves the backward to autograd.
+    """
 
     program: RankProgram
     order: tuple[str, ...]
     fixed: dict[str, Tensor]
-    function: Callable[..., tuple[Tensor, ...]]
+    forward: Function
+    make_step: Callable[[RankProgram], tuple[Function, tuple[str, ...]]] | None = None
+    _step: tuple[Function, tuple[str, ...]] | None = None
 
     def run(self, values: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-        """values: by placeholder; params: local shards by the model's names."""
+        """The forward's outputs. values: by placeholder; params: local shards by the model's names."""
+        return self.forward(*self._arguments(values, params))
+
+    def step(
+        self, values: Mapping[str, Tensor], params: Mapping[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]] | None:
+        """The local loss, and gradients of local shards by the model's names; None if there is no step graph."""
+        if self.make_step is None:
+            return None
+        if self._step is None:
+            self._step = self.make_step(self.program)
+        function, placeholders = self._step
+        with torch.no_grad():
+            loss, *grads = function(*self._arguments(values, params))
+        return loss, {self.program.params[p].name: grad for p, grad in zip(placeholders, grads)}
+
+    def _arguments(self, values: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> list[Tensor]:
         specs = self.program.params
         arguments = []
         for name in self.order:
@@ -57,7 +80,7 @@ class LoadedProgram:
                 arguments.append(params[specs[name].name])
             else:
                 arguments.append(self.fixed[name] if name in self.fixed else values[name])
-        return self.function(*arguments)
+        return arguments
 
     @property
     def count_names(self) -> list[str]:
@@ -81,7 +104,7 @@ def batch_signature(batch: Mapping[str, Any], training: bool) -> str:
 class Engine:
     """Captures and lowers `model` for the batches that come, under one plan on one mesh.
 
-    compile: turns a bound graph module into what is called. lower: the passes (tests give their own).
+    backend: turns bound graphs into what is called. lower: the passes (tests give their own).
     """
 
     def __init__(
@@ -90,13 +113,13 @@ class Engine:
         plan: Plan,
         mesh: RuntimeMesh,
         lower: Lower,
-        compile: Callable[[LoadedProgram], Callable[..., tuple[Tensor, ...]]],
+        backend: Backend,
         stored: torch.dtype,
         segments: int,
         block_paths: dict[str, str] | None = None,
     ) -> None:
         self.model, self.plan, self.mesh = model, plan, mesh
-        self._lower, self._compile, self._stored, self._segments = lower, compile, stored, segments
+        self._lower, self._backend, self._stored, self._segments = lower, backend, stored, segments
         self._block_paths = block_paths
         self._captures: dict[str, Capture] = {}
         self._programs: dict[tuple[str, bool], LoadedProgram] = {}
@@ -136,9 +159,7 @@ class Engine:
                 fixed[placeholder] = buffers[spec.name] if constant is None else constant
         fixed = {name: value.to(self.mesh.device) for name, value in fixed.items()}
         order = tuple(node.name for node in lowered.gm.graph.find_nodes(op="placeholder"))
-        loaded = LoadedProgram(lowered, order, fixed, lowered.gm)
-        loaded.function = self._compile(loaded)
-        return loaded
+        return LoadedProgram(lowered, order, fixed, self._backend.compile(lowered.gm), self._backend.make_step)
 
     def whole_output(self, loaded: LoadedProgram, index: int, value: Tensor) -> Tensor:
         """An output of one micro-batch, put together from the sp ranks (a collective over them)."""

@@ -64,21 +64,31 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: _Call, *params: Tensor) -> Tensor:
-        names = list(call.module.store.local)
-        leaves = [p.detach().requires_grad_(p.requires_grad) for p in params]
-        with torch.enable_grad():
-            local, *_ = call.loaded.run(call.values, dict(zip(names, leaves)))
-        ctx.call, ctx.local, ctx.leaves = call, local, leaves
+        shards = dict(zip(call.module.store.local, (p.detach() for p in params)))
+        ctx.call, ctx.local, ctx.leaves, ctx.grads = call, None, (), None
+        done = call.loaded.step(call.values, shards)
+        if done is None:
+            leaves = {name: p.requires_grad_(q.requires_grad) for (name, p), q in zip(shards.items(), params)}
+            with torch.enable_grad():
+                local, *_ = call.loaded.run(call.values, leaves)
+            ctx.local, ctx.leaves = local, tuple(leaves.values())
+        else:
+            local, ctx.grads = done
         return call.module.engine.reduce_loss(local)
 
     @staticmethod
     def backward(ctx: Any, seed: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        trained = [leaf for leaf in ctx.leaves if leaf.requires_grad]
-        found = torch.autograd.grad(ctx.local, trained, seed.to(ctx.local.dtype), allow_unused=True)
-        ctx.local = None
-        by_leaf = {id(leaf): grad for leaf, grad in zip(trained, found)}
-        grads = [by_leaf.get(id(leaf)) for leaf in ctx.leaves]
-        return None, *ctx.call.module.reduce_gradients(grads, ctx.call.window)
+        module: ParallelModule = ctx.call.module
+        if ctx.grads is None and ctx.local is None:
+            raise RuntimeError("backward a second time: the graph's tensors have been freed")
+        if ctx.grads is None:
+            trained = {name: leaf for name, leaf in zip(module.store.local, ctx.leaves) if leaf.requires_grad}
+            found = torch.autograd.grad(ctx.local, list(trained.values()), seed.to(ctx.local.dtype), allow_unused=True)
+            grads = dict(zip(trained, found))
+        else:
+            grads = {name: grad.mul_(seed.to(grad.dtype)) for name, grad in ctx.grads.items()}
+        ctx.local = ctx.grads = None
+        return None, *module.reduce_gradients([grads.get(name) for name in module.store.local], ctx.call.window)
 
 
 class ParallelModule(nn.Module):

@@ -3,39 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from omnicompile.errors import InputError
 from omnicompile.lowering.driver import Lower, default_lower
 from omnicompile.lowering.graph_capture import DEFAULT_SEGMENTS
 from omnicompile.plan import Plan
 from omnicompile.runtime.agreement import require_same
+from omnicompile.runtime.backends import BACKENDS
 from omnicompile.runtime.budget import Budget
-from omnicompile.runtime.engine import Engine, LoadedProgram, batch_signature
+from omnicompile.runtime.engine import Engine, batch_signature
 from omnicompile.runtime.mesh import build_mesh, pick_device
 from omnicompile.runtime.parallel_module import ParallelModule, to_host
 from omnicompile.runtime.plain_module import PlainModule
-
-Compile = Callable[[LoadedProgram], Callable[..., tuple[Tensor, ...]]]
-
-
-def _eager(loaded: LoadedProgram) -> Callable[..., tuple[Tensor, ...]]:
-    return loaded.program.gm
-
-
-def _torch_compile(loaded: LoadedProgram) -> Callable[..., tuple[Tensor, ...]]:
-    return torch.compile(loaded.program.gm)
-
-
-def _aot_eager(loaded: LoadedProgram) -> Callable[..., tuple[Tensor, ...]]:
-    return torch.compile(loaded.program.gm, backend="aot_eager")
-
-
-_BACKENDS: Mapping[str, Compile] = {"eager": _eager, "torch.compile": _torch_compile, "aot_eager": _aot_eager}
 
 
 def parallelize(
@@ -53,14 +37,15 @@ def parallelize(
 
     model: with its weights, the same on every rank; it is not changed. plan: None only with one process, where the
     plain model is returned. device_type: "cuda", "cpu", or None for what there is. example_batch: a batch of the budget
-    that training batches have; its values do not matter. backend: "eager" runs the rewritten forward, "torch.compile"
-    hands it to torch.compile. master_dtype: of the stored parameters. segments: most images or windows in a batch.
+    that training batches have; its values do not matter. backend: "inductor" compiles forward and backward as one
+    graph, "step" runs that graph as it is, "torch.compile" hands the rewritten forward to torch.compile, "eager" runs
+    it under autograd. master_dtype: of the stored parameters. segments: most images or windows in a batch.
 
     Raises PlanError when the processes do not fit the plan, LoweringError when the plan cannot be executed or ranks
     disagree, CaptureError when the model cannot be traced.
     """
-    if backend not in _BACKENDS:
-        raise InputError(f"backend must be one of {', '.join(_BACKENDS)}, got {backend!r}")
+    if backend not in BACKENDS:
+        raise InputError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if plan is None or plan.mesh.world == 1:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise InputError("give parallelize a plan for these processes: omnicompile.plan(...) makes one")
@@ -74,7 +59,7 @@ def parallelize(
         "backend": backend,
     }
     require_same(facts, mesh.control)
-    engine = Engine(model, plan, mesh, lower, _BACKENDS[backend], master_dtype, segments, block_paths)
+    engine = Engine(model, plan, mesh, lower, BACKENDS[backend], master_dtype, segments, block_paths)
     batch = to_host(example_batch)
     loaded = engine.program(batch, batch_signature(batch, model.training), logits=False)
     budget = Budget.of(model, batch)

@@ -1,0 +1,178 @@
+"""Forward, loss and backward of one rank in one graph.
+
+    step(placeholders of the forward) -> (local loss, gradient of each trained parameter's local shard)
+
+Everything in it is an ATen operator, an anchor or a functional collective; nothing of autograd is left. Whole
+parameters are gathered again for the backward instead of being kept from the forward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from omnicompile.errors import LoweringError
+from omnicompile.passes.rank_program import RankProgram
+from omnicompile.torch_compat import FakeTensorMode, new_fake_mode
+
+_c10d = torch.ops._c10d_functional
+_GATHER = _c10d.all_gather_into_tensor.default
+_WAIT = _c10d.wait_tensor.default
+
+
+@dataclass
+class StepGraph:
+    """gm: takes the forward's placeholders in order. gradients: the placeholders of the parameters whose gradients
+    follow the loss in the output. gathers: parameter gathers that are run again in the backward."""
+
+    gm: fx.GraphModule
+    gradients: tuple[str, ...]
+    gathers: int = 0
+
+
+def trace_step(program: RankProgram) -> StepGraph:
+    """Trace the forward's loss (its first output) and its gradients. Groups may be bound or not.
+
+    Raises LoweringError naming a trained parameter that gets no gradient although the forward uses it.
+    """
+    forward = program.gm
+    nodes = list(forward.graph.find_nodes(op="placeholder"))
+    mode = new_fake_mode()
+    fakes = [_local_fake(program, node, mode) for node in nodes]
+    trained = [i for i, node in enumerate(nodes) if node.name in program.params and program.params[node.name].trainable]
+    used: list[int] = []
+
+    def step(*arguments: Tensor) -> tuple[Tensor, ...]:
+        leaves = [a.detach().requires_grad_(i in trained) for i, a in enumerate(arguments)]
+        loss = forward(*leaves)[0]
+        found = torch.autograd.grad(loss, [leaves[i] for i in trained], allow_unused=True)
+        used.extend(i for i, grad in zip(trained, found) if grad is not None)
+        return (loss.detach(), *(grad for grad in found if grad is not None))
+
+    with mode, torch.enable_grad(), torch.autograd.set_multithreading_enabled(False):
+        gm = make_fx(step)(*fakes)
+    _audit(nodes, [i for i in trained if i not in used])
+    _name_placeholders(gm, nodes)
+    gathers = gather_again(gm, {n.name for n in nodes if n.name in program.params})
+    return StepGraph(gm, tuple(nodes[i].name for i in used), gathers)
+
+
+def _local_fake(program: RankProgram, node: fx.Node, mode: FakeTensorMode) -> Tensor:
+    spec = program.params.get(node.name)
+    with mode:
+        if spec is not None:
+            return torch.empty(spec.local_shape(program.mesh), dtype=spec.dtype)
+        kind = program.inputs[node.name].kind
+        if kind in ("count", "rank"):
+            return torch.empty((), dtype=torch.float32 if kind == "count" else torch.int64)
+        value: Tensor = node.meta["val"]
+        return torch.empty(value.shape, dtype=value.dtype)
+
+
+def _audit(nodes: list[fx.Node], unused: list[int]) -> None:
+    """A parameter without gradient is right only if its values do not reach the loss."""
+    for i in unused:
+        seen, stack = set(), [nodes[i]]
+        while stack:
+            item = stack.pop()
+            if item not in seen:
+                seen.add(item)
+                stack += item.users
+        (output,) = nodes[i].graph.find_nodes(op="output")
+        loss = output.args[0][0]
+        if loss in seen and not any(_stops_gradient(item) for item in seen):
+            raise LoweringError(f"{nodes[i].name} reaches the loss and got no gradient in the step graph")
+
+
+def _stops_gradient(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    integer = isinstance(value, Tensor) and not value.is_floating_point()
+    return integer or node.target is torch.ops.aten.detach.default
+
+
+def _name_placeholders(gm: fx.GraphModule, nodes: list[fx.Node]) -> None:
+    for placeholder, node in zip(gm.graph.find_nodes(op="placeholder"), nodes):
+        placeholder.name = placeholder.target = node.name
+        placeholder.meta.update({k: v for k, v in node.meta.items() if k not in placeholder.meta})
+    gm.recompile()
+
+
+def gather_again(gm: fx.GraphModule, parameters: set[str]) -> int:
+    """Give the backward its own gather of each parameter, right before its first use there.
+
+        w = wait(all_gather(shard)); y = x @ w; ...; dx = dy @ w
+     -> w = wait(all_gather(shard)); y = x @ w; ...; w2 = wait(all_gather(shard)); dx = dy @ w2
+
+    Safe: a shard does not change within a step, and all ranks run the same graph. Returns the number of gathers.
+    """
+    order = {node: i for i, node in enumerate(gm.graph.nodes)}
+    (output,) = gm.graph.find_nodes(op="output")
+    boundary = order[_loss_node(output)]
+    count = 0
+    for gather in [n for n in gm.graph.nodes if n.target is _GATHER and order[n] < boundary]:
+        source = _only_source(gather)
+        if source is None or source.op != "placeholder" or source.name not in parameters:
+            continue
+        chain = _derived_views(gather, order, boundary)
+        users = {user for node in chain for user in node.users}
+        late = sorted((u for u in users if order.get(u, -1) > boundary and u is not output), key=lambda u: order[u])
+        if late:
+            _copy_before(gm.graph, sorted(chain, key=lambda n: order[n]), late)
+            count += 1
+    gm.graph.eliminate_dead_code()
+    gm.graph.lint()
+    gm.recompile()
+    return count
+
+
+def _loss_node(output: fx.Node) -> fx.Node:
+    """The node of the loss itself, before it is detached."""
+    node = output.args[0][0]  # type: ignore[index]
+    while isinstance(node, fx.Node) and node.target is torch.ops.aten.detach.default:
+        node = node.args[0]
+    assert isinstance(node, fx.Node)
+    return node
+
+
+def _only_source(node: fx.Node) -> fx.Node | None:
+    """Follow single inputs up to where they begin."""
+    while node.op != "placeholder":
+        if len(node.all_input_nodes) != 1:
+            return None
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _derived_views(gather: fx.Node, order: dict[fx.Node, int], boundary: int) -> list[fx.Node]:
+    """The gather, its wait, and what only re-arranges its result, as far as computed in the forward."""
+    chain, stack = [gather], [gather]
+    while stack:
+        for user in stack.pop().users:
+            if order.get(user, boundary) >= boundary or user in chain or len(user.all_input_nodes) != 1:
+                continue
+            if user.target is _WAIT or _rearranges(user):
+                chain.append(user)
+                stack.append(user)
+    return chain
+
+
+_COPIES = (torch.ops.aten.clone.default, torch.ops.aten._to_copy.default)
+
+
+def _rearranges(node: fx.Node) -> bool:
+    target = node.target
+    return target in _COPIES or (isinstance(target, torch._ops.OpOverload) and target.is_view)
+
+
+def _copy_before(graph: fx.Graph, chain: list[fx.Node], users: list[fx.Node]) -> None:
+    copies: dict[fx.Node, fx.Node] = {}
+    with graph.inserting_before(users[0]):
+        for node in chain:
+            copies[node] = graph.node_copy(node, lambda x: copies.get(x, x))
+    for user in users:
+        for node in list(user.all_input_nodes):
+            if node in copies:
+                user.replace_input_with(node, copies[node])
