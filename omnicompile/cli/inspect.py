@@ -11,7 +11,7 @@ from omnicompile.cli.progress import color_wanted, emit, working
 HELP = "print a model's modality blocks and layer kinds with parameters, FLOPs and activation bytes"
 EXAMPLES = """\
 examples:
-  omnicompile inspect examples/qwen2_vl_7b.py
+  omnicompile inspect examples/custom_model.py
   omnicompile inspect config.json --seq-len 32768 --images 4
   omnicompile inspect model.py --json
 """

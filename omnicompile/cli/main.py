@@ -21,7 +21,7 @@ COMMANDS = ("plan", "inspect", "doctor")
 DESCRIPTION = "Plan, inspect and run distributed training of unmodified PyTorch models, omni-modal ones above all."
 EPILOG = """\
 examples:
-  omnicompile plan examples/qwen2_vl_72b.py --gpus 128         the fastest plan that fits on 128 H100s
+  omnicompile plan model.py --gpus 128                         the fastest plan that fits on 128 H100s
   omnicompile plan config.json --gpus 8 --seq-len 32768        a Hugging Face model, long context
   omnicompile inspect model.py                                 parameters, FLOPs and activations per layer
   omnicompile doctor                                           what this machine and installation can do

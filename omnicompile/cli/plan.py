@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 HELP = "find the fastest plan that fits: mesh, sharding and layout per modality block, recompute, micro-batch"
 EXAMPLES = """\
 examples:
-  omnicompile plan examples/qwen2_vl_72b.py --gpus 128
+  omnicompile plan model.py --gpus 128
       the fastest plan for 128 H100s, and the next best with why each lost
   omnicompile plan config.json --gpus 64 --gpu h200 --seq-len 65536 --images 8 --image-size 448x448
       a Hugging Face model by its configuration, another GPU, a longer sample
@@ -29,7 +29,7 @@ examples:
       keep some choices and let the planner fill in the rest
   omnicompile plan model.py --gpus 128 --out recipe.yaml
       save the plan; edit it, and give it (or any part of it) back with --recipe recipe.yaml
-  omnicompile plan transformers:LlamaForCausalLM --config config.json --gpus 32 --price 2.5
+  omnicompile plan package.module:Class --config config.json --gpus 32 --price 2.5
       a class of a package; with the price of a GPU-hour, the cost of a billion tokens
   omnicompile plan model.py --gpu h100 --min-gpus
       the fewest GPUs that fit
