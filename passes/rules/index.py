@@ -71,18 +71,27 @@ def index(call: OpCall) -> list[Choice]:
     return choices
 
 
-def index_put(call: OpCall) -> list[Choice]:
+def _written_dims(call: OpCall) -> tuple[list[int], int] | None:
+    """The dimensions that `index_put` indexes and how many the indices have; a boolean mask stands for one index."""
+    items = call.values["indices"]
+    if items and isinstance(items[0], fx.Node) and items[0].meta["val"].dtype == torch.bool and len(items) == 1:
+        return list(range(len(node_shape(items[0])))), 1
     found = _positions(call)
+    return None if found is None else (found[1], len(found[2]))
+
+
+def index_put(call: OpCall) -> list[Choice]:
+    found = _written_dims(call)
     if found is None:
         return []
-    _, dims, broadcast = found
+    dims, width = found
     home = _home(call, "self")
-    result_dims = len(call.out) - len(dims) + len(broadcast)
+    result_dims = len(call.out) - len(dims) + width
     choices = []
     for shard in candidate_shards(call, "self"):
         if shard.dim in dims or shard.ragged:
             continue
-        inside = Shard(_kept(shard.dim, dims, len(broadcast)), shard.outer)
+        inside = Shard(_kept(shard.dim, dims, width), shard.outer)
         shape = call.shape("values")
         own = broadcast_dim(inside, result_dims, len(shape))
         has = own.dim >= 0 and shape[own.dim] == call.out[shard.dim]
