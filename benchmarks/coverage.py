@@ -108,7 +108,8 @@ def mend(name: str) -> tuple[Any, list[str]]:
     """The default configuration of class `name` with what keeps it from running changed, and what was changed.
 
     Placeholder token ids that are not set get the last ids of the vocabulary; a tower's output gets the width of the
-    text that it feeds; attention dropout, which the attention operator refuses, is 0.
+    text that it feeds; the rotated part of a head is what its sections sum up to; attention dropout, which the
+    attention operator refuses, is 0.
     """
     import transformers
 
@@ -130,6 +131,12 @@ def mend(name: str) -> tuple[Any, list[str]]:
                 put(owner, path, key, text.hidden_size)
 
     walk(config, "")
+    rope = getattr(text, "rope_parameters", None) or {}
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    rotated = 2 * sum(rope.get("mrope_section") or [])
+    if rotated and rotated != head_dim * rope.get("partial_rotary_factor", 1.0):
+        rope["partial_rotary_factor"] = rotated / head_dim
+        changed.append(f"rope_parameters.partial_rotary_factor={rotated / head_dim}")
     for number, key in enumerate(PLACEHOLDER_FIELDS, 1):
         if hasattr(config, key) and getattr(config, key) is None:
             put(config, "", key, text.vocab_size - number)

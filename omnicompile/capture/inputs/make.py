@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from omnicompile.capture.inputs.audio import audio_layouts
@@ -186,8 +187,11 @@ def _text_arguments(
             kwargs["position_ids"] = positions
     for name in names & {"protein_input_ids"}:
         kwargs[name] = text.ids.clone() % 20
+    if "attention_mask" in names and hasattr(facts.text, "index_topk"):
+        # A sparse-attention indexer scores against the mask itself, and no attention function makes one for it.
+        kwargs["attention_mask"] = FloatSpec((rows, 1, seq_len, seq_len), facts.dtype)
     if "bbox" in names:
-        kwargs["bbox"] = FloatSpec((rows, seq_len, 4), facts.dtype)
+        kwargs["bbox"] = torch.zeros(rows, seq_len, 4, dtype=torch.long, device="cpu")
     if "use_cache" in names or hasattr(facts.text, "use_cache"):
         kwargs["use_cache"] = False
     return kwargs

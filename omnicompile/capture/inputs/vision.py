@@ -191,8 +191,10 @@ def _whole_images(
 def _pixel_masks(facts: Facts, rows: int, per_row: int, size: tuple[int, int], dims: int) -> list[dict[str, Tensor]]:
     """Which pixels, or which images, are no padding: all of them."""
     name = "pixel_attention_mask"
-    if name not in facts.arguments or dims != 5:
+    if name not in facts.arguments or dims not in (4, 5):
         return [{}]
+    if dims == 4:
+        return [{}, {name: _ones(rows, per_row)}]
     return [{name: _ones(rows, per_row, *size, dtype=torch.bool)}, {name: _ones(rows, per_row)}]
 
 
