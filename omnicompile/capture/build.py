@@ -18,7 +18,19 @@ from omnicompile.capture.regions import Region, Regions, find_regions
 from omnicompile.capture.repeats import LayerKind, Repeats
 from omnicompile.capture.symbols import GenericSize, SizeReader
 from omnicompile.capture.trace import TracedForward
-from omnicompile.program import Block, Edge, Expr, Param, Program, Run, SampleShape, Segment, Sym
+from omnicompile.program import (
+    Block,
+    Edge,
+    Expr,
+    Param,
+    Program,
+    Recompute,
+    Run,
+    SampleShape,
+    Saved,
+    Segment,
+    Sym,
+)
 from omnicompile.torch_compat import FakeTensorMode
 
 ZERO = sympy.Integer(0)
@@ -202,7 +214,7 @@ def _idle(names: _Names, claimed: dict[str, str], regions: Regions) -> list[Segm
             paths=("",),
             params=params,
             ops=(),
-            saved={},
+            saved={policy: Saved(ZERO, ZERO) for policy in Recompute},
             input_bytes=ZERO,
             output_bytes=ZERO,
             forward_peak=ZERO,
