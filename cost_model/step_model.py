@@ -79,6 +79,7 @@ class StepModel:
         self.prices = Prices(self.hardware)
         self._work: dict[tuple[object, ...], BlockWork] = {}
         self._weights: dict[tuple[object, ...], BlockWeights] = {}
+        self._weight_units: dict[tuple[object, ...], dict[str, UnitWeights]] = {}
         self._ops: dict[tuple[str, int, Split, int, bool], tuple[float, ...]] = {}
         self._gradients: dict[frozenset[str], dict[str, Gradient]] = {}
         self._group_cache: dict[tuple[object, ...], Groups] = {}
@@ -180,8 +181,8 @@ class StepModel:
         offload_optimizer: bool,
         frozen: frozenset[str],
     ) -> BlockWeights:
-        gradients, segments = self.gradients(frozen), self._segments[name]
-        units = {s.name: unit_weights(s, plan, gradients[s.name], groups, options, self.prices) for s in segments}
+        segments = self._segments[name]
+        units = self._unit_weights(name, plan, groups, options, frozen)
         static = static_memory(segments, groups, options, name not in frozen, offload_optimizer)
         if not static.trained_numel:
             return BlockWeights(units, 0.0, 0.0, static)
@@ -190,6 +191,19 @@ class StepModel:
             return BlockWeights(units, update, 0.0, static)
         copy = self.prices.host_copy(static.trained_numel * options.reduce_bytes)
         return BlockWeights(units, 0.0, max(update, copy), static)
+
+    def _unit_weights(
+        self, name: str, plan: BlockPlan, groups: Groups, options: StepOptions, frozen: frozenset[str]
+    ) -> dict[str, UnitWeights]:
+        """By segment; the same object for equal arguments, wherever the optimizer is."""
+        key = (name, plan.reshard, groups, options.param_bytes, options.reduce_bytes, frozen)
+        if key not in self._weight_units:
+            gradients = self.gradients(frozen)
+            self._weight_units[key] = {
+                s.name: unit_weights(s, plan, gradients[s.name], groups, options, self.prices)
+                for s in self._segments[name]
+            }
+        return self._weight_units[key]
 
     def _op_seconds(self, segment: str, micro_batch: int, split: Split, ep: int, chunked: bool) -> tuple[float, ...]:
         key = (segment, micro_batch, split, ep, chunked)

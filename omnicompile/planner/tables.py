@@ -59,12 +59,12 @@ class BlockTable:
 
 @dataclass(frozen=True)
 class _WorkTable:
-    """Work of several options: seconds (option, run, value) and bytes (option, moment). faster (i, j): option i has at
-    most the savers of j and the same layout, so that it is no slower. by_sharding: the options under each sharding."""
+    """Work of the options that may be part of an optimal plan: seconds (option, run, value) and bytes (option, moment).
+    size: options there were. by_sharding: the options under each sharding."""
 
     times: Array
     memory: Array
-    faster: NDArray[np.bool_]
+    size: int
     by_sharding: dict[Sharding, tuple[Option, ...]]
 
 
@@ -92,7 +92,7 @@ class TableMaker:
         self.trains = {name: gradient.any for name, gradient in model.gradients(frozen).items()}
         self._shapes = {block.name: self._block_shape(block.name) for block in model.program.blocks}
         self._work: dict[tuple[object, ...], _WorkTable] = {}
-        self._weights: dict[tuple[int, bool], tuple[BlockWeights, Array, Array]] = {}
+        self._unit_bounds: dict[tuple[int, int], Array] = {}
         self._combined: dict[tuple[int, int, bool], BlockTable] = {}
 
     def _block_shape(self, block: str) -> _Shape:
@@ -121,7 +121,7 @@ class TableMaker:
         work = self._work_table(block, mesh, options, step)
         parts = []
         for sharding in shardings:
-            plan = replace(options[0].plan, sharding=sharding)
+            plan = work.by_sharding[sharding][0].plan
             weights = self.model.weights(block, plan, mesh, step, offload_optimizer, self.frozen)
             key = (id(work), id(weights), sharding is Sharding.HSDP)  # both are kept alive here and in the model
             if key not in self._combined:
@@ -130,13 +130,11 @@ class TableMaker:
         return _concatenate(parts)
 
     def _combine(self, block: str, work: _WorkTable, weights: BlockWeights, plan: BlockPlan) -> BlockTable:
-        _, times, state = self._weight_arrays(block, weights, plan.reshard)
-        memory = work.memory + state
-        kept = undominated(work.faster, memory) if self.nested else np.arange(len(memory))
-        options = tuple(work.by_sharding[plan.sharding][i] for i in kept)
-        bounds = self._bounds(block, work.times[kept], times)
-        hsdp = np.full(len(kept), plan.sharding is Sharding.HSDP)
-        return BlockTable(options, bounds, memory[kept], hsdp, len(memory))
+        ending = weights.optimizer + 2 * weights.optimizer_copy
+        bounds = self._bounds(block, work, weights) + np.repeat([0.0, ending], BOUNDS // 2)
+        memory = work.memory + self.memory.weights_bytes(block, weights, plan.reshard, self.trains).sum(axis=0)
+        hsdp = np.full(len(memory), plan.sharding is Sharding.HSDP)
+        return BlockTable(work.by_sharding[plan.sharding], bounds, memory, hsdp, work.size)
 
     def _work_table(self, block: str, mesh: Mesh, options: tuple[Option, ...], step: StepOptions) -> _WorkTable:
         key = (block, mesh.sp, options[0].plan.ep, step)
@@ -146,8 +144,10 @@ class TableMaker:
             ]
             times = np.array([self._work_rows(block, work) for work in works])
             memory = np.stack([self.memory.work_bytes(block, work, self.trains).sum(axis=0) for work in works])
-            by_sharding = {s: tuple(replace_sharding(o, s) for o in options) for s in Sharding}
-            self._work[key] = _WorkTable(times, memory, faster_options(options), by_sharding)
+            # Parameters add equally to the memory of all options, so what they are does not matter here.
+            kept = undominated(options, memory) if self.nested else list(range(len(options)))
+            by_sharding = {s: tuple(replace_sharding(options[i], s) for i in kept) for s in Sharding}
+            self._work[key] = _WorkTable(times[kept], memory[kept], len(options), by_sharding)
         return self._work[key]
 
     def _work_rows(self, block: str, work: BlockWork) -> list[list[float]]:
@@ -155,24 +155,18 @@ class TableMaker:
         units = [work.units[name] for name in self._shapes[block].segments]
         return [*(_work_row(unit) for unit in units), [*edges, *[0.0] * (len(_WORK) - 3)]]
 
-    def _weight_arrays(self, block: str, weights: BlockWeights, reshard: bool) -> tuple[BlockWeights, Array, Array]:
-        key = (id(weights), reshard)
-        if key not in self._weights:
-            rows = [_weight_row(weights.units[name]) for name in self._shapes[block].segments]
-            ending = [weights.optimizer, weights.optimizer_copy, *[0.0] * (len(_WEIGHTS) - 2)]
-            memory = self.memory.weights_bytes(block, weights, reshard, self.trains).sum(axis=0)
-            self._weights[key] = weights, np.array([*rows, ending]), memory
-        return self._weights[key]
-
-    def _bounds(self, block: str, work: Array, weights: Array) -> Array:
-        """(option, BOUNDS) from `work` (option, run, value) and `weights` (run, value) of one sharding."""
-        contention = self.model.hardware.contention_factor
-        micro, last = _run_bounds(work[:, :-1], weights[:-1], self._shapes[block], contention)
-        edges, ending = work[:, -1], weights[-1]
-        micro[:, :3] += edges[:, :3]
-        last[:, :3] += edges[:, :3]
-        last += ending[0] + 2 * ending[1]
-        return np.concatenate([micro, last], axis=1)
+    def _bounds(self, block: str, work: _WorkTable, weights: BlockWeights) -> Array:
+        """(option, BOUNDS) without the optimizer."""
+        key = (id(work), id(weights.units))
+        if key not in self._unit_bounds:
+            shape = self._shapes[block]
+            rows = np.array([_weight_row(weights.units[name]) for name in shape.segments])
+            edges = work.times[:, -1, :3]
+            micro, last = _run_bounds(work.times[:, :-1], rows, shape, self.model.hardware.contention_factor)
+            micro[:, :3] += edges
+            last[:, :3] += edges
+            self._unit_bounds[key] = np.concatenate([micro, last], axis=1)
+        return self._unit_bounds[key]
 
 
 _WORK = (
@@ -267,21 +261,16 @@ def saves_no_more(left: Sequence[int], right: Sequence[int]) -> bool:
     return True
 
 
-def faster_options(options: Sequence[Option]) -> NDArray[np.bool_]:
-    """(i, j): whether option i is no slower than j for certain, by its savers; layouts must be equal."""
+def undominated(options: Sequence[Option], memory: Array) -> list[int]:
+    """Indices of options that no other of equal layout, with at most the same savers, beats in memory at every moment."""
     savers = [(option_savers(o), o.plan.layout) for o in options]
-    matrix = np.array([[a[1] == b[1] and saves_no_more(a[0], b[0]) for b in savers] for a in savers])
-    np.fill_diagonal(matrix, False)
-    return matrix
-
-
-def undominated(faster: NDArray[np.bool_], memory: Array) -> NDArray[np.int64]:
-    """Indices of options (of one sharding) that no other beats in both time and memory at every moment."""
-    kept = np.ones(len(memory), dtype=bool)
-    for better, worse in zip(*np.nonzero(faster)):
-        if kept[worse] and (memory[better] <= memory[worse]).all():
-            kept[worse] = False
-    return np.flatnonzero(kept)
+    kept = [True] * len(options)
+    for i, (mine, layout) in enumerate(savers):
+        for j, (other, other_layout) in enumerate(savers):
+            better = i != j and kept[j] and layout == other_layout and saves_no_more(mine, other)
+            if better and (memory[i] <= memory[j]).all():
+                kept[j] = False
+    return [i for i, keep in enumerate(kept) if keep]
 
 
 def recompute_is_nested(program: Program) -> bool:
