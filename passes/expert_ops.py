@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from omnicompile.anchors import experts as _experts  # noqa: F401  (defines the operators)
+
 _c10d = torch.ops._c10d_functional
 
 

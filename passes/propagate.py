@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -403,7 +403,7 @@ def _all_float(node: fx.Node) -> bool:
     return any(isinstance(v, torch.Tensor) and v.is_floating_point() for v in items)
 
 
-def _write_arguments(node: fx.Node, values: dict[str, Any], before: dict[str, Any]) -> None:
+def _write_arguments(node: fx.Node, values: dict[str, Any], before: Mapping[str, Any]) -> None:
     assert isinstance(node.target, torch._ops.OpOverload)
     names = [argument.name for argument in node.target._schema.arguments]
     node.args = tuple(values[name] for name in names[: len(node.args)])

@@ -13,6 +13,7 @@ import math
 
 from torch import Tensor
 
+from omnicompile.anchors import attention as _attention  # noqa: F401  (defines the operator)
 from omnicompile.errors import LoweringError
 from omnicompile.passes.placement import PARTIAL, REPLICATE, Placement, Shard
 from omnicompile.passes.rules.base import Choice, OpCall, Required, Rule

@@ -127,7 +127,7 @@ def gather(call: OpCall) -> list[Choice]:
             if shard.dim != dim and _same_size(call, ("index",), shard.dim):
                 choices.append(Choice({"self": shard, "index": shard}, (shard,)))
     position = call.shard("index")
-    if position is not None:
+    if position is not None and position.dim == dim:
         choices.append(Choice({"index": position}, (position,)))
     return choices
 
