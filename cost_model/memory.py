@@ -11,9 +11,9 @@ bytes at a moment are a sum over blocks, each a function of that block's plan al
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,6 @@ from omnicompile.program import Program, Segment
 if TYPE_CHECKING:
     from omnicompile.cost_model.step_model import BlockWeights, BlockWork
 
-_T = TypeVar("_T")
 Table = NDArray[np.float64]
 
 KINDS = ("parameters", "gradients", "optimizer", "activations", "temporaries", "gathered parameters", "buffers")
@@ -102,62 +101,86 @@ def moments(program: Program) -> tuple[Moment, ...]:
     return tuple(result)
 
 
-@dataclass
+@dataclass(frozen=True)
+class _Coefficients:
+    """(run, moment): how often each number of a block's runs counts at each moment. resident: gathered parameters when
+    they are not resharded."""
+
+    segments: tuple[str, ...]
+    saved: Table
+    moving: Table
+    forward: Table
+    backward: Table
+    gathered: Table
+    resident: Table
+    reducing: Table
+
+
 class MemoryLayout:
-    """The moments of a program, and which block each run belongs to."""
+    """The moments of a program and what adds to each. `trains`: by segment name, whether it has a backward."""
 
-    program: Program
-    moments: tuple[Moment, ...] = field(init=False)
-    blocks: tuple[str, ...] = field(init=False)
+    def __init__(self, program: Program, trains: dict[str, bool]) -> None:
+        self.moments = moments(program)
+        self.blocks = tuple(program.segment(run.segment).block for run in program.runs)
+        self._segments = tuple(run.segment for run in program.runs)
+        self._trains = tuple(trains[name] for name in self._segments)
+        self._of_block = {name: self._coefficients(name) for name in dict.fromkeys(self.blocks)}
 
-    def __post_init__(self) -> None:
-        self.moments = moments(self.program)
-        self.blocks = tuple(self.program.segment(run.segment).block for run in self.program.runs)
-
-    def work_bytes(self, name: str, work: BlockWork, trains: dict[str, bool]) -> Table:
-        """Bytes (kind, moment) of block `name`'s activations. trains: by segment name, whether it has a backward."""
+    def work_bytes(self, name: str, work: BlockWork) -> Table:
+        """Bytes (kind, moment) of block `name`'s activations."""
         table = np.zeros((len(KINDS), len(self.moments)))
-        units = self._units(name, work.units)
-        for column, moment in enumerate(self.moments):
-            for run, unit in units.items():
-                kept = moment.saved[run]
-                # Activations on their way to or from the host: the instance at work and the next one.
-                moving = min(kept, 2) if abs(run - moment.run) <= 1 else 0
-                table[_ACTIVATIONS, column] += kept * unit.saved + moving * unit.host
-            running = units.get(moment.run)
-            if running is None or (moment.backward and not trains[self.program.runs[moment.run].segment]):
-                continue
-            table[_BUFFERS, column] += running.exchange
-            peak = running.backward_peak + running.recomputed if moment.backward else running.forward_peak
-            table[_TEMPORARIES, column] += peak
+        here = self._of_block.get(name)
+        if here is None:
+            return table
+        units = [work.units[segment] for segment in here.segments]
+        # Activations on their way to or from the host: the instance at work and the next one.
+        table[_ACTIVATIONS] = _row(u.saved for u in units) @ here.saved + _row(u.host for u in units) @ here.moving
+        table[_BUFFERS] = _row(u.exchange for u in units) @ (here.forward + here.backward)
+        backward_peaks = _row(u.backward_peak + u.recomputed for u in units)
+        table[_TEMPORARIES] = _row(u.forward_peak for u in units) @ here.forward + backward_peaks @ here.backward
         return table
 
-    def weights_bytes(self, name: str, weights: BlockWeights, reshard: bool, trains: dict[str, bool]) -> Table:
+    def weights_bytes(self, name: str, weights: BlockWeights, reshard: bool) -> Table:
         """Bytes (kind, moment) of block `name`'s parameters, gradients and optimizer state."""
         table = np.zeros((len(KINDS), len(self.moments)))
         static = weights.static
         table[0], table[1], table[2] = static.parameters, static.gradients, static.optimizer
-        units = self._units(name, weights.units)
-        for column, moment in enumerate(self.moments):
-            for run, unit in units.items():
-                backward = trains[self.program.runs[run].segment]
-                here = moment.gathered.count(run) if backward or not moment.backward else 0
-                if backward and not reshard:  # whole from the forward to the backward
-                    here = max(here, moment.saved[run])
-                table[_GATHERED, column] += here * unit.gathered
-            if moment.backward and moment.run in units:
-                table[_GRADIENTS, column] += units[moment.run].gradient
-            if moment.reducing is not None and moment.reducing in units:
-                table[_GRADIENTS, column] += units[moment.reducing].reducing
+        here = self._of_block.get(name)
+        if here is None:
+            return table
+        units = [weights.units[segment] for segment in here.segments]
+        table[_GATHERED] = _row(u.gathered for u in units) @ (here.gathered if reshard else here.resident)
+        table[_GRADIENTS] += _row(u.gradient for u in units) @ here.backward
+        table[_GRADIENTS] += _row(u.reducing for u in units) @ here.reducing
         return table
 
-    def _units(self, name: str, by_segment: dict[str, _T]) -> dict[int, _T]:
-        """The block's units by index of their run."""
-        return {
-            i: by_segment[run.segment]
-            for i, (run, block) in enumerate(zip(self.program.runs, self.blocks))
-            if block == name
-        }
+    def _coefficients(self, name: str) -> _Coefficients:
+        mine = [i for i, block in enumerate(self.blocks) if block == name]
+
+        def table(value: Callable[[Moment, int], int]) -> Table:
+            return np.array([[value(moment, run) for moment in self.moments] for run in mine], dtype=float)
+
+        def gathered(moment: Moment, run: int) -> int:
+            return moment.gathered.count(run) if self._trains[run] or not moment.backward else 0
+
+        def resident(moment: Moment, run: int) -> int:  # whole from the forward to the backward
+            here = gathered(moment, run)
+            return max(here, moment.saved[run]) if self._trains[run] else here
+
+        return _Coefficients(
+            segments=tuple(self._segments[i] for i in mine),
+            saved=table(lambda m, run: m.saved[run]),
+            moving=table(lambda m, run: min(m.saved[run], 2) if abs(run - m.run) <= 1 else 0),
+            forward=table(lambda m, run: int(m.run == run and not m.backward)),
+            backward=table(lambda m, run: int(m.run == run and m.backward and self._trains[run])),
+            gathered=table(gathered),
+            resident=table(resident),
+            reducing=table(lambda m, run: int(m.reducing == run)),
+        )
+
+
+def _row(values: Iterable[float]) -> Table:
+    return np.fromiter(values, dtype=float)
 
 
 def overhead_bytes(hardware: Hardware) -> dict[str, float]:

@@ -97,12 +97,11 @@ def _block_seconds(step: Step) -> dict[str, float]:
 
 def block_tables(plan: Plan, model: StepModel, blocks: dict[str, BlockCost]) -> dict[str, Table]:
     """Bytes (kind, moment) of each block."""
-    layout = MemoryLayout(model.program)
     frozen = frozenset(name for name, block in plan.blocks.items() if block.frozen)
     trains = {name: gradient.any for name, gradient in model.gradients(frozen).items()}
+    layout = MemoryLayout(model.program, trains)
     return {
-        name: layout.work_bytes(name, cost.work, trains)
-        + layout.weights_bytes(name, cost.weights, plan.blocks[name].reshard, trains)
+        name: layout.work_bytes(name, cost.work) + layout.weights_bytes(name, cost.weights, plan.blocks[name].reshard)
         for name, cost in blocks.items()
     }
 

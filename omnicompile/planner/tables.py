@@ -10,8 +10,9 @@ gather of the next layer, gradient reductions and host copies:
     begin(n) - begin(1) >= (n - 1) * copy                       backward: activations fetched from the host
     begin(n) - begin(1) >= 2 * chain + (n - 3) * copy           forward: a layer waits for the offload two layers back
 
-Their maximum, summed over runs, plus the last chains, the first gather, the last reduction and the optimizer is a bound
-of the simulated step; so is the work of each stream. Memory at each moment is exactly a sum over blocks. Work (layout,
+The first layer of the next run waits likewise for its gather, issued when the last layer of this run begins. The
+maximum of these, summed over runs, plus the last chains, the first gather, the last reduction and the optimizer is a
+bound of the simulated step; so is the work of each stream. Memory at each moment is exactly a sum over blocks. Work (layout,
 recompute, offload) and weights (sharding) are priced apart and combined here by broadcasting.
 """
 
@@ -79,6 +80,7 @@ class _Shape:
     last: NDArray[np.int64]
     ends_backward: NDArray[np.int64]
     trains: NDArray[np.int64]
+    joined: NDArray[np.int64]  # the program's next run is the block's next
 
 
 class TableMaker:
@@ -87,9 +89,9 @@ class TableMaker:
     def __init__(self, model: StepModel, frozen: frozenset[str]) -> None:
         self.model = model
         self.frozen = frozen
-        self.memory = MemoryLayout(model.program)
         self.nested = recompute_is_nested(model.program)
         self.trains = {name: gradient.any for name, gradient in model.gradients(frozen).items()}
+        self.memory = MemoryLayout(model.program, self.trains)
         self._shapes = {block.name: self._block_shape(block.name) for block in model.program.blocks}
         self._work: dict[tuple[object, ...], _WorkTable] = {}
         self._unit_bounds: dict[tuple[int, int], Array] = {}
@@ -106,6 +108,7 @@ class TableMaker:
             np.array([i == len(runs) - 1 for i in mine], dtype=np.int64),
             np.array([i == trained[0] if trained else False for i in mine], dtype=np.int64),
             np.array([self.trains[runs[i].segment] for i in mine], dtype=np.int64),
+            np.array([i + 1 in mine for i in mine], dtype=np.int64),
         )
 
     def table(
@@ -132,7 +135,7 @@ class TableMaker:
     def _combine(self, block: str, work: _WorkTable, weights: BlockWeights, plan: BlockPlan) -> BlockTable:
         ending = weights.optimizer + 2 * weights.optimizer_copy
         bounds = self._bounds(block, work, weights) + np.repeat([0.0, ending], BOUNDS // 2)
-        memory = work.memory + self.memory.weights_bytes(block, weights, plan.reshard, self.trains).sum(axis=0)
+        memory = work.memory + self.memory.weights_bytes(block, weights, plan.reshard).sum(axis=0)
         hsdp = np.full(len(memory), plan.sharding is Sharding.HSDP)
         return BlockTable(work.by_sharding[plan.sharding], bounds, memory, hsdp, work.size)
 
@@ -143,7 +146,7 @@ class TableMaker:
                 self.model.work(block, o.plan, mesh, replace(step, loss_head=o.loss_head), self.frozen) for o in options
             ]
             times = np.array([self._work_rows(block, work) for work in works])
-            memory = np.stack([self.memory.work_bytes(block, work, self.trains).sum(axis=0) for work in works])
+            memory = np.stack([self.memory.work_bytes(block, work).sum(axis=0) for work in works])
             # Parameters add equally to the memory of all options, so what they are does not matter here.
             kept = undominated(options, memory) if self.nested else list(range(len(options)))
             by_sharding = {s: tuple(replace_sharding(options[i], s) for i in kept) for s in Sharding}
@@ -212,10 +215,13 @@ def _run_bounds(work: Array, weights: Array, shape: _Shape, contention: float) -
     forward = work[:, :, 0] + contention * np.minimum(work[:, :, 1], gather.sum(axis=1))
     channels = (count - 1) * (gather + work[:, :, 2:4]).max(axis=2)
     copies = np.where((count > 2) & trains, 2 * forward + np.maximum(count - 3, 0) * host, 0.0)
-    path = np.maximum(np.maximum((count - 1) * forward, channels), copies) + forward + shape.first * gather.max(axis=1)
+    leave = np.maximum(forward, shape.joined * (_following(gather) + work[:, :, 2:4]).max(axis=2))
+    path = np.maximum(np.maximum((count - 1) * forward, channels), copies) + leave + shape.first * gather.max(axis=1)
     beside = (regather + weights[:, 4:6]).sum(axis=1)
     backward = work[:, :, 4] + work[:, :, 5] + contention * np.minimum(work[:, :, 6], beside)
     needed = regather + work[:, :, 7:9]
+    enters = _preceding((shape.joined * trains).astype(float))[:, None] * (_preceding(regather) + work[:, :, 7:9])
+    leave = np.maximum(backward, enters.max(axis=2))
     loads = (count * trains)[:, None] * work[:, :, 7:9] + (trains * (count - shape.last))[:, None] * regather
     loads = loads + count[:, None] * (gather + work[:, :, 2:4])
     copy = (2 * count * trains * host).sum(axis=1)
@@ -224,10 +230,20 @@ def _run_bounds(work: Array, weights: Array, shape: _Shape, contention: float) -
         reduce = weights[:, columns]
         queued = (count - 1)[:, None] * needed + np.maximum(count - 2, 0)[:, None] * reduce
         slowest = np.maximum(np.where(needed > 0, queued, 0.0).max(axis=2), (count - 1) * host)
-        back = np.maximum((count - 1) * backward, slowest) + backward + shape.ends_backward * reduce.sum(axis=1)
+        back = np.maximum((count - 1) * backward, slowest) + leave + shape.ends_backward * reduce.sum(axis=1)
         streams = (loads + (count * trains)[:, None] * reduce).sum(axis=1)
         halves.append(np.column_stack([(path + trains * back).sum(axis=1), streams, copy]))
     return halves[0], halves[1]
+
+
+def _following(rows: Array) -> Array:
+    """Each run's value of the next run of the block (0 for the last)."""
+    return np.concatenate([rows[1:], np.zeros_like(rows[:1])])
+
+
+def _preceding(rows: Array) -> Array:
+    """Each run's value of the run before it (0 for the first)."""
+    return np.concatenate([np.zeros_like(rows[:1]), rows[:-1]])
 
 
 def replace_sharding(option: Option, sharding: Sharding) -> Option:
@@ -262,7 +278,7 @@ def saves_no_more(left: Sequence[int], right: Sequence[int]) -> bool:
 
 
 def undominated(options: Sequence[Option], memory: Array) -> list[int]:
-    """Indices of options that no other of equal layout, with at most the same savers, beats in memory at every moment."""
+    """Indices of options that no other of equal layout and at most their savers beats in memory at every moment."""
     savers = [(option_savers(o), o.plan.layout) for o in options]
     kept = [True] * len(options)
     for i, (mine, layout) in enumerate(savers):

@@ -35,12 +35,11 @@ def make_plan(program: Program, mesh: Mesh, micro_batch: int = 1, **choices: obj
 
 def table(program: Program, plan: Plan, model: StepModel) -> Table:
     """Bytes (kind, moment), all blocks together."""
-    layout = MemoryLayout(program)
     frozen = frozenset(name for name, block in plan.blocks.items() if block.frozen)
     trains = {name: gradient.any for name, gradient in model.gradients(frozen).items()}
+    layout = MemoryLayout(program, trains)
     parts = [
-        layout.work_bytes(name, cost.work, trains)
-        + layout.weights_bytes(name, cost.weights, plan.blocks[name].reshard, trains)
+        layout.work_bytes(name, cost.work) + layout.weights_bytes(name, cost.weights, plan.blocks[name].reshard)
         for name, cost in model.plan_blocks(plan).items()
     ]
     return np.sum(parts, axis=0)
