@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import sympy
@@ -71,15 +73,18 @@ class Annotator:
     def _traffic(self, group: list[fx.Node]) -> tuple[Expr, Expr]:
         """(activation bytes, parameter bytes) that a kernel moves."""
         read, written = group_traffic(group)
-        weight_grads = {storage_of(g) for g in self.joint.weight_grads.values()}
         activation, param = ZERO, ZERO
-        for node in (*read, *written):
+        for node in (*read, *(part for result in written for part in _parts(result))):
             nbytes = self.reader.nbytes(node.meta.get("val"))
-            if node in self.joint.params or node in weight_grads:
+            if node in self.joint.params or node in self._weight_grads:
                 param += nbytes
             else:
                 activation += nbytes
         return activation, param
+
+    @cached_property
+    def _weight_grads(self) -> set[fx.Node]:
+        return {storage_of(g) for g in self.joint.weight_grads.values()}
 
     def _memory(self, group: list[fx.Node], phase: Phase, feeds: frozenset[str]) -> Op:
         node = group[-1]
@@ -183,6 +188,12 @@ class Annotator:
         )
 
 
+def _parts(node: fx.Node) -> list[fx.Node]:
+    """The tensors that a call returns, as nodes: itself, or the elements that are taken of its tuple."""
+    elements = [u for u in node.users if u.target is operator.getitem]
+    return elements if isinstance(node.meta.get("val"), tuple | list) else [node]
+
+
 def _attribute(module: Any, path: str) -> Any:
     for part in path.split("."):
         module = getattr(module, part)
@@ -203,6 +214,10 @@ def _oriented(shape: GemmShape) -> tuple[GemmShape, str]:
         return GemmShape(shape.n, shape.m, shape.k, shape.batch), "m"
     if shape.k.free_symbols:
         return shape, "k"
+    if shape.batch.free_symbols:
+        # Many small products, one per image: they run along with the images.
+        each, times = shape.batch.as_independent(*shape.batch.free_symbols)
+        return GemmShape(shape.m * times, shape.n, shape.k, each), "m"
     return shape, ""
 
 

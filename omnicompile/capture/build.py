@@ -14,7 +14,7 @@ from omnicompile.capture.cleanup import clean
 from omnicompile.capture.fusion import fuse
 from omnicompile.capture.joint import JointGraph, needs_gradient, trace_joint
 from omnicompile.capture.liveness import analyse
-from omnicompile.capture.regions import Region, Regions, find_regions
+from omnicompile.capture.regions import Region, Regions, find_regions, is_repeat
 from omnicompile.capture.repeats import LayerKind, Repeats
 from omnicompile.capture.symbols import GenericSize, SizeReader
 from omnicompile.capture.trace import TracedForward
@@ -111,13 +111,13 @@ def _segment(
     module = region.kind.path if region.kind is not None else ""
     annotator = Annotator(joint, reader, module)
     fused = {node: group[-1].name for group in fuse(joint.forward) for node in group}
-    live = analyse(joint, reader, fused)
     inputs = joint.differentiable - set(joint.params)
     paths: tuple[str, ...] = ("",)
     count = 1
     if region.kind is not None:
         paths = tuple(dict.fromkeys(instance_paths(region.kind, traced.repeats)))
         count = traced.repeats.executions(region.kind.index)
+    live = analyse(joint, reader, fused, _shared(region, joint, count))
     return Segment(
         name=region.name,
         block=region.block,
@@ -133,6 +133,18 @@ def _segment(
         backward_peak=live.backward_peak,
         logits=_logits(region, joint, reader),
     )
+
+
+def _shared(region: Region, joint: JointGraph, count: int) -> dict[fx.Node, int]:
+    """Values flowing into a layer that its repeats read as well, such as an encoder's output: -> number of layers."""
+    if region.kind is None or count == 1:
+        return {}
+    kind = region.kind.index
+
+    def repeats(user: fx.Node) -> bool:
+        return is_repeat(user) and user.op == "call_function" and len(user.args) > 2 and user.args[2] == kind
+
+    return {inner: count for inner, outer in joint.outer.items() if any(repeats(u) for u in outer.users)}
 
 
 def _logits(region: Region, joint: JointGraph, reader: SizeReader) -> tuple[Expr, int] | None:

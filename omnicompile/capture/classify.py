@@ -69,8 +69,22 @@ def is_cheap(node: fx.Node) -> bool:
     return is_fusible(node) and not random
 
 
+def is_in_place(node: fx.Node) -> bool:
+    """True if the call writes into its first argument."""
+    schema = node.target._schema if isinstance(node.target, OpOverload) else None
+    if schema is None or not schema.returns:
+        return False
+    alias = schema.returns[0].alias_info
+    return alias is not None and alias.is_write
+
+
 def storage_of(node: fx.Node) -> fx.Node:
-    """The node whose result holds the memory that `node`'s result lives in. Tuple access is kept: it names a tensor."""
-    while node.op == "call_function" and is_view(node) and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
+    """The node whose result holds the memory that `node`'s result lives in.
+
+    An element of a tuple of views (`split`) lives in what was split; of any other tuple it is a tensor of its own.
+    """
+    while node.op == "call_function" and node.args and isinstance(source := node.args[0], fx.Node):
+        if not (is_view(node) or is_in_place(node) or (node.target is operator.getitem and is_view(source))):
+            break
+        node = source
     return node

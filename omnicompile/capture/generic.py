@@ -12,28 +12,32 @@ from omnicompile.program import Sym
 from omnicompile.workload import Workload
 
 # Primes that together divide no usual model dimension. The grid's factor 4 makes windows of common sizes come out
-# even.
-_IMAGES, _CLIPS, _GRID, _FRAMES = 23, 13, (5, 7), 17
+# even. 13 is none of them: it is what convolutions of stride 2 leave of the 100 frames of a second.
+_IMAGES, _CLIPS, _GRID, _FRAMES = (23, 29), (11, 17), ((5, 7), (7, 11)), (17, 11)
 _GRID_FACTOR = 4
 _TEXT_MARGIN = 1000
 
 
 @dataclass(frozen=True)
 class GenericSizes:
-    """The request for a capture; `rows_fixed` is the length of a text row that could not be made generic, else 0."""
+    """The request for a capture. rows_fixed: the length of a text row that could not be made generic, else 0.
+    grid_fixed / frames_fixed: the model takes one size of image or clip only, so that its patches or frames are a
+    dimension of the model and not of the workload."""
 
     request: InputRequest
     rows_fixed: int = 0
+    grid_fixed: bool = False
+    frames_fixed: bool = False
 
 
 def generic_request(limits: InputConstraints, workload: Workload, variant: int = 0) -> GenericSizes:
     """Numbers for a capture. variant: 1 gives another set, to check a capture by another."""
-    images = (_IMAGES, 29)[variant] if limits.images is not None else 0
-    clips = (_CLIPS, 11)[variant] if limits.audio is not None else 0
+    images = _IMAGES[variant] if limits.images is not None else 0
+    clips = _CLIPS[variant] if limits.audio is not None else 0
     grid = None
     patches = 0
     if limits.images is not None:
-        factors = (_GRID, (7, 11))[variant]
+        factors = _GRID[variant]
         grid = limits.images.grid
         if grid is None:
             rows, cols = (m * _GRID_FACTOR * f for m, f in zip(limits.images.multiple, factors))
@@ -41,18 +45,22 @@ def generic_request(limits: InputConstraints, workload: Workload, variant: int =
         patches = grid[0] * grid[1]
     frames = None
     if limits.audio is not None:
-        prime = (_FRAMES, 19)[variant]
+        prime = _FRAMES[variant]
         frames = limits.audio.frames or limits.audio.multiple * prime * max(1, 100 // limits.audio.multiple)
+    fixed = (
+        limits.images is not None and limits.images.grid is not None,
+        limits.audio is not None and limits.audio.frames is not None,
+    )
     if limits.rows is not Rows.SAMPLES:
         # One text per image or clip: its length is bound by the model, and stays as it will be.
         length = min(workload.seq_len, limits.max_seq_len or workload.seq_len)
-        return GenericSizes(InputRequest(length, images, grid, frames, clips), rows_fixed=length)
+        return GenericSizes(InputRequest(length, images, grid, frames, clips), length, *fixed)
     needed = images * patches + clips * (frames or 0) + _TEXT_MARGIN * (1 + variant)
     if limits.max_seq_len is not None and needed > limits.max_seq_len:
         seq_len = int(sympy.prevprime(limits.max_seq_len + 1 - variant * 8))
     else:
         seq_len = int(sympy.nextprime(needed))
-    return GenericSizes(InputRequest(seq_len, images, grid, frames, clips))
+    return GenericSizes(InputRequest(seq_len, images, grid, frames, clips), 0, *fixed)
 
 
 def generic_sizes(inputs: ExampleInputs, sizes: GenericSizes) -> list[GenericSize]:
@@ -65,12 +73,12 @@ def generic_sizes(inputs: ExampleInputs, sizes: GenericSizes) -> list[GenericSiz
         found.append(GenericSize(Sym.S, inputs.seq_len, inputs.seq_len))
     if inputs.images:
         found.append(GenericSize(Sym.I, inputs.images, inputs.images))
-        if sizes.request.image_grid is not None and inputs.patches_per_image:
+        if inputs.patches_per_image and not sizes.grid_fixed:
             patches = inputs.patches_per_image
             found.append(GenericSize(Sym.N, inputs.images * patches, inputs.images * _odd_part(patches), patches))
     if inputs.clips:
         found.append(GenericSize(Sym.C, inputs.clips, inputs.clips))
-        if inputs.frames_per_clip:
+        if inputs.frames_per_clip and not sizes.frames_fixed:
             frames = inputs.frames_per_clip
             found.append(GenericSize(Sym.A, inputs.clips * frames, inputs.clips * _odd_part(frames, (2, 5)), frames))
     return found

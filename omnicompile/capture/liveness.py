@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import sympy
@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from omnicompile.capture.annotate import gradient_feeds
 from omnicompile.capture.classify import is_cheap, is_free, storage_of
+from omnicompile.capture.fusion import fuse, only_inside
 from omnicompile.capture.joint import JointGraph
 from omnicompile.capture.symbols import SizeReader
 from omnicompile.program import Expr, Recompute, Saved
@@ -27,8 +28,18 @@ class Liveness:
     backward_peak: Expr
 
 
-def _bytes(reader: SizeReader, nodes: Iterable[fx.Node]) -> Expr:
-    return sum((reader.nbytes(n.meta.get("val")) for n in nodes), ZERO)
+@dataclass(frozen=True)
+class _Sizes:
+    """Bytes per instance of a segment. shared: tensors that all instances read, to how many these are."""
+
+    reader: SizeReader
+    shared: Mapping[fx.Node, int]
+
+    def total(self, nodes: Iterable[fx.Node]) -> Expr:
+        return sum((self.reader.nbytes(n.meta.get("val")) / self.shared.get(n, 1) for n in nodes), ZERO)
+
+    def larger(self, left: Expr, right: Expr) -> bool:
+        return self.reader.magnitude(left) >= self.reader.magnitude(right)
 
 
 def _needed_by(joint: JointGraph, labels: frozenset[str]) -> dict[fx.Node, None]:
@@ -83,30 +94,27 @@ def _upstream(joint: JointGraph, needed: Iterable[fx.Node]) -> set[fx.Node]:
     return found
 
 
-def _policy(
-    joint: JointGraph, reader: SizeReader, policy: Recompute, labels: frozenset[str]
-) -> tuple[Expr, set[fx.Node]]:
-    """(bytes kept, forward calls run again) for the gradients `labels`."""
+def _policy(joint: JointGraph, sizes: _Sizes, policy: Recompute, labels: frozenset[str]) -> tuple[Expr, set[fx.Node]]:
+    """(bytes kept, forward calls run again) for the gradients `labels`. A policy that would keep no less than a milder
+    one does as that one."""
     needed = _needed_by(joint, labels)
+    kept, again = sizes.total(needed), set[fx.Node]()
     if policy is Recompute.NONE or not needed:
-        return _bytes(reader, needed), set()
+        return kept, again
+    stored, recomputed = _selective(joint, needed)
+    if not sizes.larger(sizes.total(stored), kept):
+        kept, again = sizes.total(stored), recomputed
     if policy is Recompute.FULL:
         inputs = joint.differentiable - set(joint.params)
-        return _bytes(reader, (n for n in joint.activations if n in inputs)), _upstream(joint, needed)
-    stored, recomputed = _selective(joint, needed)
-    before, after = _bytes(reader, needed), _bytes(reader, stored)
-    if reader.magnitude(after) >= reader.magnitude(before):
-        return before, set()
-    return after, recomputed
+        whole = sizes.total(n for n in joint.activations if n in inputs)
+        if not sizes.larger(whole, kept):
+            kept, again = whole, _upstream(joint, needed)
+    return kept, again
 
 
-def _forward_peak(joint: JointGraph, reader: SizeReader, kept: set[fx.Node]) -> Expr:
-    """Largest sum of forward temporaries that are neither kept for the backward nor inputs."""
-    return _walk(joint.forward, reader, lambda node: node in kept)
-
-
-def _walk(calls: list[fx.Node], reader: SizeReader, skip) -> Expr:  # type: ignore[no-untyped-def]
-    """Peak over the calls of the bytes of their live results; `skip(node)` leaves a storage out."""
+def _walk(calls: list[fx.Node], reader: SizeReader, skip: set[fx.Node]) -> Expr:
+    """Peak over calls of the bytes of their live results, but for storages in `skip` and what stays in registers."""
+    skip = skip | only_inside(fuse(calls))
     last_use: dict[fx.Node, int] = {}
     for index, node in enumerate(calls):
         for source in node.all_input_nodes:
@@ -117,7 +125,7 @@ def _walk(calls: list[fx.Node], reader: SizeReader, skip) -> Expr:  # type: igno
     for index, node in enumerate(calls):
         if not is_free(node) or node.target is operator.getitem:
             base = storage_of(node)
-            if base is node and not skip(node) and isinstance(node.meta.get("val"), Tensor):
+            if base is node and node not in skip and isinstance(node.meta.get("val"), Tensor):
                 live[node] = reader.nbytes(node.meta["val"])
                 size[node] = reader.magnitude(live[node])
                 total += size[node]
@@ -130,19 +138,23 @@ def _walk(calls: list[fx.Node], reader: SizeReader, skip) -> Expr:  # type: igno
     return at_peak
 
 
-def analyse(joint: JointGraph, reader: SizeReader, fused_names: dict[fx.Node, str]) -> Liveness:
-    """fused_names: forward call -> name of the Op that it is part of."""
+def analyse(
+    joint: JointGraph, reader: SizeReader, fused_names: dict[fx.Node, str], shared: Mapping[fx.Node, int]
+) -> Liveness:
+    """fused_names: forward call -> name of the Op that it is part of. shared: values flowing in that other instances of
+    the segment read too (the encoder's output in a decoder's layers) -> number of instances."""
     both, inputs_only = frozenset({"weight", "input"}), frozenset({"input"})
+    sizes = _Sizes(reader, shared)
     saved = {}
     for policy in Recompute:
-        nbytes, again = _policy(joint, reader, policy, both)
-        frozen, _ = _policy(joint, reader, policy, inputs_only)
+        nbytes, again = _policy(joint, sizes, policy, both)
+        frozen, _ = _policy(joint, sizes, policy, inputs_only)
         names = dict.fromkeys(fused_names[n] for n in joint.forward if n in again and n in fused_names)
         saved[policy] = Saved(nbytes, frozen, tuple(names))
     kept = set(_needed_by(joint, both)) | {storage_of(o) for o in joint.outputs}
     weight_grads = {storage_of(g) for g in joint.weight_grads.values()}
     return Liveness(
         saved=saved,
-        forward_peak=_forward_peak(joint, reader, kept),
-        backward_peak=_walk(joint.backward, reader, lambda n: n in weight_grads),
+        forward_peak=_walk(joint.forward, reader, kept),
+        backward_peak=_walk(joint.backward, reader, weight_grads),
     )

@@ -30,10 +30,21 @@ def attention_pairs(
     if cu_q is not None and cu_k is not None:
         pairs = _segmented(reader, q_len, cu_q, cu_k)
     else:
-        pairs = _batched(reader.dim(q_shape[0]), q_len, kv_len)
+        pairs = _one_by_one(reader, q_shape[0], q_shape[2], k_shape[2])
+        pairs = _batched(reader.dim(q_shape[0]), q_len, kv_len) if pairs is None else pairs
     if window > 0:
         return sympy.Min(pairs, 2 * window * reader.dim(q_shape[0]) * q_len)
     return pairs
+
+
+def _one_by_one(reader: SizeReader, batch: int, q_len: int, kv_len: int) -> Expr | None:
+    """One image or clip per batch row."""
+    for known in reader.sizes:
+        square = _SQUARES.get(known.symbol)
+        one_a_row = known.unit and batch == known.value // known.unit
+        if square is not None and one_a_row and reader.is_share(q_len, known) and reader.is_share(kv_len, known):
+            return sympy.Rational(q_len * kv_len, known.unit**2) * square
+    return None
 
 
 def _batched(batch: Expr, q_len: Expr, kv_len: Expr) -> Expr:

@@ -63,7 +63,7 @@ class SizeReader:
                 # A product of two workload sizes.
                 return known.symbol * self._read(size // known.value)
         for known in self.sizes:
-            if known.unit and known.unit % size == 0 and size % _odd(known.unit) == 0:
+            if self.is_share(size, known):
                 return sympy.Rational(size, known.value) * known.symbol
         for known in self.sizes:
             if known.symbol == Sym.S and abs(size - known.value) <= 2:
@@ -75,10 +75,27 @@ class SizeReader:
         key = tuple(int(d) for d in shape)
         if key not in self._shapes:
             product: Expr = sympy.Integer(1)
-            for size in key:
+            for size in self._joined(key):
                 product = product * self.dim(size)
             self._shapes[key] = product
         return self._shapes[key]
+
+    def is_share(self, size: int, known: GenericSize) -> bool:
+        """True for a dimension of one image or clip."""
+        if not known.unit or size in self.constants or size <= 1:
+            return False
+        return known.unit % size == 0 and size % _odd(known.unit) == 0
+
+    def _joined(self, shape: tuple[int, ...]) -> list[int]:
+        """The dimensions; [clips, frames of one clip] as the frames of all clips, which is what they are together."""
+        dims = list(shape)
+        for known in self.sizes:
+            count = known.value // known.unit if known.unit else 0
+            share = next((d for d in dims if self.is_share(d, known)), None)
+            if share is not None and count in dims:
+                dims.remove(count)
+                dims[dims.index(share)] = count * share
+        return dims
 
     def nbytes(self, value: object) -> Expr:
         """Bytes of a tensor, or of all tensors of a tuple."""
