@@ -12,7 +12,7 @@ from omnicompile.program import Phase, Program, Segment, Sym
 from omnicompile.recompute import Recompute
 from omnicompile.report import figures
 from omnicompile.report.json_view import number, saved_bytes, segment_flops
-from omnicompile.report.terminal import render
+from omnicompile.report.terminal import FULL_WIDTH, columns, render
 from omnicompile.report.units import bytes_text, count_text, flops_text
 
 Values = dict[sympy.Symbol, float]
@@ -28,7 +28,7 @@ def program_text(program: Program, values: Values, width: int | None = None, col
     """The report of `omnicompile inspect`: per segment the sum over its instances, for one sample on one device."""
     parts: list[RenderableType] = [_title(program)]
     parts += [Padding(Text(line, style="dim"), (0, 0, 0, 2)) for line in (_sample_words(values), *LEGEND)]
-    parts += [Text(""), _tree(program, values)]
+    parts += [Text(""), _tree(program, values, columns(width) < FULL_WIDTH)]
     if program.edges:
         parts.append(Text("\nBetween blocks", style="bold cyan"))
     for edge in program.edges:
@@ -50,23 +50,32 @@ def _sample_words(values: Values) -> str:
     return "one sample of " + ", ".join(shown) + ", on one device"
 
 
-def _tree(program: Program, values: Values) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
-    for name in COLUMNS:
+def _tree(program: Program, values: Values, narrow: bool) -> Table:
+    """narrow: without roles, module paths and what recompute would keep."""
+    shown = COLUMNS[:-2] if narrow else COLUMNS
+    table = Table(box=None, padding=(0, 1 if narrow else 2, 0, 0), header_style="dim", pad_edge=False)
+    for name in shown:
         table.add_column(name, justify="right" if name else "left", no_wrap=bool(name))
+
+    def add(label: Text, count: str, sums: list[float], style: str = "") -> None:
+        cells: list[Text | str] = [label, count, *_words(sums)]
+        table.add_row(*cells[: len(shown)], style=style)
+
     rows = {block.name: [_sums(s, values) for s in program.block_segments(block.name)] for block in program.blocks}
     for block in program.blocks:
-        where = f" {block.path}" if block.path and block.path != block.name else ""
-        title = Text.assemble((block.name, "bold"), (f" ({block.kind}){where}", "dim"))
-        table.add_row(title, "", *_words([sum(column) for column in zip(*rows[block.name])]), style="bold")
+        path = f" {block.path}" if block.path and block.path != block.name and not narrow else ""
+        add(Text(f"{block.name} ({block.kind}){path}"), "", _total(rows[block.name]), "bold")
         segments = program.block_segments(block.name)
         for index, segment in enumerate(segments):
             branch = "└ " if index == len(segments) - 1 else "├ "
-            label = Text(f"{branch}{segment.name}") + Text(f" ({segment.role})", style="dim")
-            table.add_row(label, str(segment.count), *_words(rows[block.name][index]))
-    everything = [row for block_rows in rows.values() for row in block_rows]
-    table.add_row("total", "", *_words([sum(column) for column in zip(*everything)]), style="bold")
+            role = "" if narrow else f" ({segment.role})"
+            add(Text(f"{branch}{segment.name}{role}"), str(segment.count), rows[block.name][index])
+    add(Text("total"), "", _total([row for block_rows in rows.values() for row in block_rows]), "bold")
     return table
+
+
+def _total(rows: list[list[float]]) -> list[float]:
+    return [sum(column) for column in zip(*rows)]
 
 
 def _sums(segment: Segment, values: Values) -> list[float]:

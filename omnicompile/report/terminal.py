@@ -16,7 +16,8 @@ from omnicompile.program import Program
 from omnicompile.report import figures
 from omnicompile.report.units import count_text, digits, gib, percent, plural, seconds_text
 
-MAX_WIDTH = 120
+MIN_WIDTH, MAX_WIDTH = 60, 120
+FULL_WIDTH = 96  # below it tables are set closer
 BAR = 28
 
 
@@ -31,7 +32,7 @@ def plan_text(
     """The whole report. program: adds parameter counts. alternatives / reasons: the next best plans and why each lost.
     width: columns (None: those of the terminal, at most 120). color: with terminal escapes."""
     parts: list[RenderableType] = [_title(plan), _indent(_summary(plan, program)), _heading("Blocks")]
-    parts.append(_indent(_blocks(plan, program)))
+    parts.append(_indent(_blocks(plan, program, columns(width) < FULL_WIDTH)))
     if plan.prediction is not None:
         parts += [*_memory(plan.prediction), *_time(plan.prediction)]
     if alternatives:
@@ -46,11 +47,10 @@ def plan_text(
 
 def render(body: RenderableType, width: int | None = None, color: bool = False) -> str:
     """`body` as text without trailing blanks."""
-    columns = min(shutil.get_terminal_size((100, 24)).columns, MAX_WIDTH) if width is None else width
     file = StringIO()
     console = Console(
         file=file,
-        width=max(columns, 60),
+        width=columns(width),
         force_terminal=color,
         color_system="standard" if color else None,
         highlight=False,
@@ -59,6 +59,12 @@ def render(body: RenderableType, width: int | None = None, color: bool = False) 
     )
     console.print(body)
     return "\n".join(line.rstrip() for line in file.getvalue().rstrip().splitlines())
+
+
+def columns(width: int | None) -> int:
+    """`width`, or that of the terminal up to MAX_WIDTH; at least MIN_WIDTH."""
+    found = min(shutil.get_terminal_size((100, 24)).columns, MAX_WIDTH) if width is None else width
+    return max(found, MIN_WIDTH)
 
 
 def _title(plan: Plan) -> Text:
@@ -148,11 +154,11 @@ def _speed_words(prediction: Prediction) -> Text:
     )
 
 
-def _blocks(plan: Plan, program: Program | None) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
+def _blocks(plan: Plan, program: Program | None, narrow: bool) -> Table:
+    table = Table(box=None, padding=(0, 1 if narrow else 2, 0, 0), header_style="dim", pad_edge=False)
     for name in ("block", "params", "sharding", "activations", "sp", "ep", "recompute", "memory", "time"):
         numeric = name in ("params", "sp", "ep", "memory", "time")
-        table.add_column(name, justify="right" if numeric else "left", no_wrap=True)
+        table.add_column(name, justify="right" if numeric else "left", no_wrap=numeric)
     for name, block in plan.blocks.items():
         table.add_row(*_block_row(name, block, plan.prediction, program))
     return table

@@ -81,6 +81,17 @@ def test_a_plan_that_does_not_fit_says_by_how_much(sample_plans: list[Plan]) -> 
     assert "6.6 GiB TOO MUCH" in plan_text(small)
 
 
+@pytest.mark.parametrize("width", [60, 80, 100])
+def test_names_and_figures_are_whole_at_any_width(
+    sample_plans: list[Plan], sample_program: Program, width: int
+) -> None:
+    tree = program_text(sample_program, sample_program.symbol_values(), width=width)
+    assert "text.layers" in tree and "6.00 MFLOP" in tree
+    report = plan_text(sample_plans[0], sample_program, width=width)
+    assert "20.0 GiB" in report and "4.20 K" in report
+    assert "…" not in (tree + report if width > 60 else tree)
+
+
 def test_the_program_tree(sample_program: Program) -> None:
     text = program_text(sample_program, sample_program.symbol_values(), width=100)
     assert "Sample: 6.20 K parameters, 5.30 K active per token" in text
