@@ -25,13 +25,15 @@ _PIXELS, _GRID, _KINDS = "pixel_values", "image_grid_thw", "mm_token_type_ids"
 @dataclass(frozen=True)
 class PackedImages:
     """Images given as rows of patches with their grids. patches: of the budget. width: values per patch. merge: patches
-    per side that become one token. token: id of the placeholder."""
+    per side that become one token. token: id of the placeholder. dtype / kinds_dtype: of the patches, and of the tensor
+    that marks placeholders in the text."""
 
     patches: int
     width: int
     merge: int
     token: int
     dtype: torch.dtype
+    kinds_dtype: torch.dtype = torch.int64
 
     def tokens(self, patches: int) -> int:
         return patches // self.merge**2
@@ -66,7 +68,8 @@ class Budget:
         token = placeholder_id(facts, "image")
         if merge is None or token is None:
             raise CaptureError("the configuration names no image placeholder token, so batches cannot be filled up")
-        return Budget(length, PackedImages(pixels.shape[0], pixels.shape[1], int(merge), token, pixels.dtype))
+        kinds = example[_KINDS].dtype if _KINDS in example else torch.int64
+        return Budget(length, PackedImages(*pixels.shape, int(merge), token, pixels.dtype, kinds))
 
     def fill(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """`batch` at the size of the budget. Raises InputError when it is larger, or leaves no room for the padding."""
@@ -123,7 +126,7 @@ def _fill_images(batch: dict[str, Any], images: PackedImages, missing: int, room
     batch[_PIXELS] = pixels if have is None else torch.cat([have, pixels.to(have.device, have.dtype)])
     batch["input_ids"] = _with_tail(batch["input_ids"], tokens, images.token)
     kinds = batch.get(_KINDS)
-    kinds = torch.zeros_like(batch["input_ids"], dtype=torch.int32) if kinds is None else kinds
+    kinds = torch.zeros_like(batch["input_ids"], dtype=images.kinds_dtype) if kinds is None else kinds
     batch[_KINDS] = _with_tail(kinds, tokens, 1)
 
 

@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 IGNORE = -100
@@ -22,9 +21,13 @@ class PlainModule(nn.Module):
             self.add_module(name, child)
         for name, parameter in model.named_parameters(recurse=False):
             self.register_parameter(name, parameter)
+        self._targets: int | None = None
 
     def forward(self, **batch: Any) -> Any:
-        return self._model[0](**batch)
+        output = self._model[0](**batch)
+        if self._targets is not None:
+            output.loss = output.loss * (_targets(batch) / self._targets)
+        return output
 
     def train(self, mode: bool = True) -> PlainModule:
         super().train(mode)
@@ -32,13 +35,16 @@ class PlainModule(nn.Module):
         return self
 
     def count_targets(self, batches: Sequence[Mapping[str, Any]]) -> int:
-        return sum(int((batch["labels"][..., 1:] != IGNORE).sum()) for batch in batches)
+        return sum(map(_targets, batches))
 
     @contextlib.contextmanager
     def accumulate(self, last: bool, targets: int | None = None) -> Iterator[None]:
-        if targets is not None:
-            raise NotImplementedError("one process: scale the losses of an accumulation window yourself")
-        yield
+        """As ParallelModule's; the model's loss must be the mean over the targets in `labels`, shifted by one."""
+        before, self._targets = self._targets, targets
+        try:
+            yield
+        finally:
+            self._targets = before
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         return nn.utils.clip_grad_norm_(self.parameters(), max_norm)
@@ -53,5 +59,5 @@ class PlainModule(nn.Module):
         return dict(self._model[0].named_parameters())[name].grad
 
 
-def single_process() -> bool:
-    return not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1
+def _targets(batch: Mapping[str, Any]) -> int:
+    return int((batch["labels"][..., 1:] != IGNORE).sum())
