@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
@@ -85,7 +86,6 @@ class Solution:
     best: list[Plan] = field(default_factory=list)
     explored: int = 0
     simulated: int = 0
-    fitting: int = 0
 
 
 class Solver:
@@ -105,15 +105,13 @@ class Solver:
         """The `top` fastest plans that fit, of which the first is optimal; none if no plan fits."""
         solution = Solution()
         queue: list[tuple[float, int, _Candidates]] = []
-        for number, point in enumerate(self.space.points):
-            candidates = self._candidates(point, solution)
-            if candidates is not None:
-                heapq.heappush(queue, (candidates.bound, number, candidates))
+        for number, candidates in enumerate(self._all_candidates(solution)):
+            heapq.heappush(queue, (candidates.bound, number, candidates))
         if progress:
             progress(f"{solution.explored} plans in {len(self.space.points)} meshes and micro-batches")
         self._best_first(queue, top, solution)
         if progress:
-            progress(f"{solution.simulated} plans simulated, {solution.fitting} fit")
+            progress(f"{solution.simulated} plans simulated")
         return solution
 
     def _best_first(self, queue: list[tuple[float, int, _Candidates]], top: int, solution: Solution) -> None:
@@ -129,6 +127,8 @@ class Solver:
                 heapq.heappop(queue)
             else:
                 heapq.heapreplace(queue, (candidates.bound, number, candidates))
+            if combination is None:
+                continue
             signature = combination.signature
             leader = ranked.get(signature)
             if leader is not None and bound > leader.seconds:
@@ -183,25 +183,33 @@ class Solver:
             self._work_options[key] = tuple(Option(plan, head) for plan, head in itertools.product(plans, heads))
         return self._work_options[key]
 
-    def _candidates(self, point: Point, solution: Solution) -> _Candidates | None:
-        """What fits at a point, ordered by bound."""
-        parts = []
-        for offload_optimizer in self.space.offload_optimizer:
+    def _all_candidates(self, solution: Solution) -> Iterator[_Candidates]:
+        """The combinations of each point and place of the optimizer, those left out that cannot fit."""
+        for point, offload_optimizer in itertools.product(self.space.points, self.space.offload_optimizer):
             tables = self.tables(point, offload_optimizer)
             if tables is None:
                 continue
-            explored = 1
-            for table in tables:
-                explored *= table.size
-            solution.explored += explored
-            bounds, picks = self._join(tables, point, self.capacity)
-            if len(bounds):
-                parts.append((bounds, picks, tables, offload_optimizer))
-        if not parts:
-            return None
-        candidates = _Candidates(point, parts)
-        solution.fitting += candidates.size
-        return candidates
+            solution.explored += math.prod(table.size for table in tables)
+            bound = self._relaxed_bound(tables, point)
+            if bound is not None:
+                yield _Candidates(self, point, tables, offload_optimizer, bound)
+
+    def _relaxed_bound(self, tables: list[BlockTable], point: Point) -> float | None:
+        """A bound below those of all combinations that fit: each block on its own takes the fastest option that fits
+        beside the others' smallest. None if some block has none."""
+        least = [table.memory.min(axis=0) for table in tables]
+        everything = sum(least)
+        total = np.zeros(BOUNDS)
+        for table, own in zip(tables, least):
+            fits = (table.memory + (everything - own)).max(axis=1) <= self.capacity + 1.0
+            if not fits.any():
+                return None
+            total += table.bounds[fits].min(axis=0)
+        return float(step_bound(total[None, :], point.accumulation)[0])
+
+    def join(self, tables: list[BlockTable], point: Point) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """Bounds and option indices of all combinations that fit."""
+        return self._join(tables, point, self.capacity)
 
     def _join(
         self, tables: list[BlockTable], point: Point, limit: float
@@ -222,8 +230,7 @@ class Solver:
             bounds = bounds[left] + table.bounds[right]
             picks = np.concatenate([picks[left], right[:, None]], axis=1)
             has_hsdp = has_hsdp[left] | table.hsdp[right]
-        half = BOUNDS // 2
-        seconds = (point.accumulation - 1) * bounds[:, :half].max(axis=1) + bounds[:, half:].max(axis=1)
+        seconds = step_bound(bounds, point.accumulation)
         if self.space.needs_replicas(point.mesh):
             return seconds[has_hsdp], picks[has_hsdp]
         return seconds, picks
@@ -272,40 +279,46 @@ class Solver:
 
 
 class _Candidates:
-    """Combinations of one point in the order of their bounds."""
+    """Combinations of one point and one place of the optimizer in the order of their bounds, made when first needed."""
 
     def __init__(
-        self,
-        point: Point,
-        parts: list[tuple[NDArray[np.float64], NDArray[np.int64], list[BlockTable], bool]],
+        self, solver: Solver, point: Point, tables: list[BlockTable], offload_optimizer: bool, bound: float
     ) -> None:
+        self._solver = solver
         self._point = point
-        self._parts = parts
-        bounds = np.concatenate([part[0] for part in parts])
-        self._source = np.repeat(np.arange(len(parts)), [len(part[0]) for part in parts])
-        self._row = np.concatenate([np.arange(len(part[0])) for part in parts])
-        self._bounds = bounds * (1 - _SLACK) - _SLACK
-        self._order = np.argsort(self._bounds, kind="stable")
+        self._tables = tables
+        self._offload_optimizer = offload_optimizer
+        self._relaxed = bound
+        self._picks: NDArray[np.int64] | None = None
+        self._bounds: NDArray[np.float64] = np.zeros(0)
         self._next = 0
 
     @property
-    def size(self) -> int:
-        return len(self._order)
-
-    @property
     def empty(self) -> bool:
-        return self._next >= len(self._order)
+        return self._picks is not None and self._next >= len(self._picks)
 
     @property
     def bound(self) -> float:
-        return float(self._bounds[self._order[self._next]])
+        return self._relaxed if self._picks is None else float(self._bounds[self._next])
 
-    def pop(self) -> Combination:
-        index = self._order[self._next]
+    def pop(self) -> Combination | None:
+        """The next combination; the first call only makes them, and returns None."""
+        if self._picks is None:
+            bounds, picks = self._solver.join(self._tables, self._point)
+            order = np.argsort(bounds, kind="stable")
+            self._bounds, self._picks = bounds[order], picks[order]
+            return None
+        row = self._picks[self._next]
         self._next += 1
-        _, picks, tables, offload_optimizer = self._parts[self._source[index]]
-        row = picks[self._row[index]]
-        return Combination(self._point, tuple(t.options[i] for t, i in zip(tables, row)), offload_optimizer)
+        options = tuple(table.options[i] for table, i in zip(self._tables, row))
+        return Combination(self._point, options, self._offload_optimizer)
+
+
+def step_bound(bounds: NDArray[np.float64], accumulation: int) -> NDArray[np.float64]:
+    """Seconds below which no step with these bounds (row, BOUNDS) is simulated, rounding allowed for."""
+    half = BOUNDS // 2
+    seconds = (accumulation - 1) * bounds[:, :half].max(axis=1) + bounds[:, half:].max(axis=1)
+    return seconds * (1 - _SLACK) - _SLACK
 
 
 def _pareto(memory: NDArray[np.float64]) -> NDArray[np.int64]:

@@ -12,8 +12,8 @@ gather of the next layer, gradient reductions and host copies:
 
 The first layer of the next run waits likewise for its gather, issued when the last layer of this run begins. The
 maximum of these, summed over runs, plus the last chains, the first gather, the last reduction and the optimizer is a
-bound of the simulated step; so is the work of each stream. Memory at each moment is exactly a sum over blocks. Work (layout,
-recompute, offload) and weights (sharding) are priced apart and combined here by broadcasting.
+bound of the simulated step; so is the work of each stream. Memory at each moment is exactly a sum over blocks. Work
+(layout, recompute, offload) and weights (sharding) are priced apart and combined here by broadcasting.
 """
 
 from __future__ import annotations
