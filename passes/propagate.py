@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from omnicompile.errors import LoweringError
+from omnicompile.passes import collectives
 from omnicompile.passes.placement import PARTIAL, REPLICATE, Placement, Replicate, Shard, divides
 from omnicompile.passes.rank_program import InputSpec, RankProgram, axis_size
 from omnicompile.passes.redistribute import Redistributor, cost
@@ -28,6 +29,8 @@ from omnicompile.plan import Layout, Plan
 
 AXIS = "sp"
 Placements = tuple[Placement, ...]
+
+_LINEAR_HELPERS = frozenset({collectives.share, collectives.all_reduce})
 
 # How much a choice goes against virtual cuts; smaller than any communication, larger than nothing.
 _LOSES_CUT, _MOVES_CUT, _CUTS_PLAIN = 2.0, 4.0, 0.1
@@ -213,6 +216,10 @@ class Propagation:
         tensors = self._tensors(node)
         whole = all(isinstance(self.actual[t][0], Replicate) for t in tensors)
         self._refuse(node, whole)
+        if node.target in _LINEAR_HELPERS:
+            # Sums over data ranks, shape-preserving and linear: they lie as what they read.
+            self._set(node, self.actual[tensors[0]][0])
+            return
         if not self._cuts(node) or not isinstance(node.target, torch._ops.OpOverload):
             self._whole(node)
             return

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from omnicompile.lowering.graph_capture import CapturedForward, LoweredInputs, capture_forward
 from omnicompile.passes import lower_forward
-from omnicompile.passes.rank_program import (
-    InputSpec,
-    ParamSpec,
-    RankProgram,
-    axis_coordinate,
-    bind_groups,
-    group_ranks,
-)
+from omnicompile.passes.rank_program import InputSpec, ParamSpec, RankProgram
+from omnicompile.passes.simulate import run_ranks
 from omnicompile.plan import BlockPlan, Mesh
-from omnicompile.torch_compat import local_ranks_mode, on_each_rank, ranked, start_fake_group
 
 Batch = dict[str, Tensor]
 
@@ -93,67 +82,12 @@ def program_of(
     return RankProgram(captured.gm, mesh, blocks, params, inputs)
 
 
-def bind_fake_groups(program: RankProgram) -> None:
-    """Groups of the fake process group in the place of axes strings."""
-    names = {}
-    for axes in sorted(program.groups):
-        names[axes] = dist.new_group(list(group_ranks(program.mesh, axes, 0))).group_name
-    bind_groups(program.gm, names)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield
-
-
-def placeholder_values(
-    program: RankProgram, captured: CapturedForward, prepared: list[dict[str, Tensor]], model: nn.Module, targets: float
-) -> dict[str, Tensor]:
-    """What each placeholder holds on every rank. `prepared`: inputs per data rank (per micro-batch)."""
-    mesh, world = program.mesh, program.mesh.world
+def whole_values(program: RankProgram, captured: CapturedForward, model: nn.Module) -> dict[str, Tensor]:
+    """Parameters, buffers and constants by placeholder."""
     named = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    values: dict[str, Tensor] = {}
-    for name, spec in program.params.items():
-        full = named[spec.name].detach()
-        values[name] = ranked([spec.local_of(full, mesh, r) for r in range(world)])
-        values[name].requires_grad_(spec.trainable)
-    for name, item in program.inputs.items():
-        if item.kind == "buffer":
-            whole = [named[item.name].clone()] * world
-        elif item.kind == "constant":
-            whole = [captured.constants[item.name].clone()] * world
-        elif item.kind == "count":
-            whole = [torch.tensor(float(targets))] * world
-        elif item.kind == "rank":
-            whole = [torch.tensor(axis_coordinate(mesh, item.name, r)) for r in range(world)]
-        else:
-            whole = [prepared[r // mesh.sp][name].clone() for r in range(world)]
-        values[name] = ranked([w.clone() for w in whole])
-    return values
-
-
-def whole_gradient(program: RankProgram, name: str, grad: Tensor | None) -> Tensor | None:
-    """The gradient of the whole parameter, after the reductions that are the runtime's."""
-    if grad is None:
-        return None
-    mesh, spec = program.mesh, program.params[name]
-    parts = [g.clone() for g in on_each_rank(grad)]
-    for axes in spec.reduce_axes:
-        parts = [sum(parts[o] for o in group_ranks(mesh, axes, r)) for r in range(mesh.world)]  # type: ignore[misc]
-    shapes = [spec.shape]
-    for shard in spec.shards:
-        one = replace(spec, shape=shapes[-1], shards=(shard,))
-        shapes.append(one.local_shape(mesh))
-    for shard, shape in zip(reversed(spec.shards), reversed(shapes[:-1])):
-        joined = []
-        for r in range(mesh.world):
-            pieces = [parts[o] for o in group_ranks(mesh, shard.axes, r)]
-            joined.append(torch.cat(pieces, shard.dim).narrow(shard.dim, 0, shape[shard.dim]))
-        parts = joined
-    for other in parts[1:]:
-        assert torch.allclose(parts[0], other, rtol=1e-4, atol=1e-6), f"ranks disagree on the gradient of {spec.name}"
-    return parts[0]
+    values = {p: named[spec.name].detach() for p, spec in program.params.items()}
+    values |= {p: named[spec.name].detach() for p, spec in program.inputs.items() if spec.kind == "buffer"}
+    return values | captured.constants
 
 
 def relative_errors(got: dict[str, Tensor], want: dict[str, Tensor]) -> dict[str, float]:
@@ -177,21 +111,15 @@ def run_parity(
     assert len(batches) == mesh.data_ranks
     want_loss, want = reference_joined(model, joined) if joined is not None else reference(model, batches)
     captured, inputs = captured_for(model, batches[0])
-    start_fake_group(mesh.world)
     tokens = batches[0]["input_ids"].shape[1]
-    program = lower_forward(program_of(captured, model, mesh, blocks, tokens))
-    bind_fake_groups(program)
+    original = program_of(captured, model, mesh, blocks, tokens)
+    program = lower_forward(original)
+    fixed = whole_values(original, captured, model)
     prepared = [inputs.prepare(batch) for batch in batches]
-    targets = sum(shifted_targets(b) for b in batches)
-    with local_ranks_mode(mesh.world):
-        values = placeholder_values(program, captured, prepared, model, targets)
-        order = [n.name for n in program.gm.graph.find_nodes(op="placeholder")]
-        loss = program.gm(*(values[name] for name in order))[0]
-        loss.backward()
-        loss_value = sum(float(v) for v in on_each_rank(loss.detach()))
-        got = {}
-        for name, spec in program.params.items():
-            grad = whole_gradient(program, name, values[name].grad)
-            if grad is not None:
-                got[spec.name] = grad
-    return Parity(abs(loss_value - want_loss) / abs(want_loss), relative_errors(got, want), program)
+    targets = torch.tensor(float(sum(shifted_targets(b) for b in batches)))
+
+    def whole(name: str, data_rank: int) -> Tensor:
+        return fixed[name] if name in fixed else prepared[data_rank].get(name, targets)
+
+    losses, got, _ = run_ranks(program, whole)
+    return Parity(abs(sum(losses) - want_loss) / abs(want_loss), relative_errors(got, want), program)

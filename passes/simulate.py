@@ -1,0 +1,98 @@
+"""Runs a lowered forward on all its ranks in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, fx
+
+from omnicompile.passes.rank_program import RankProgram, axis_coordinate, bind_groups, group_ranks
+from omnicompile.torch_compat import local_ranks_mode, on_each_rank, ranked, start_fake_group
+
+# The whole value of a placeholder as the group of ranks with this data index sees it.
+WholeValue = Callable[[str, int], Tensor]
+
+
+class Recorder(fx.Interpreter):
+    """Runs a graph and keeps what every node gave."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module, garbage_collect_values=False)
+        self.seen: dict[str, object] = {}
+
+    def run_node(self, n: fx.Node) -> object:
+        self.seen[n.name] = super().run_node(n)
+        return self.seen[n.name]
+
+
+def bound_to_fake_groups(program: RankProgram) -> RankProgram:
+    """A copy whose collectives run between simulated ranks."""
+    start_fake_group(program.mesh.world)
+    bound = program.copy()
+    names = {}
+    for axes in sorted(program.groups):
+        names[axes] = dist.new_group(list(group_ranks(program.mesh, axes, 0))).group_name
+    bind_groups(bound.gm, names)
+    return bound
+
+
+def rank_values(program: RankProgram, whole: WholeValue) -> dict[str, Tensor]:
+    """What every placeholder holds on every rank. Call under `local_ranks_mode`."""
+    mesh = program.mesh
+    values: dict[str, Tensor] = {}
+    for name, spec in program.params.items():
+        full = whole(name, 0).detach()
+        values[name] = ranked([spec.local_of(full, mesh, r) for r in range(mesh.world)])
+        values[name].requires_grad_(spec.trainable)
+    for name, item in program.inputs.items():
+        if item.kind == "rank":
+            pieces = [torch.tensor(axis_coordinate(mesh, item.name, r)) for r in range(mesh.world)]
+        else:
+            pieces = [whole(name, r // mesh.sp).clone() for r in range(mesh.world)]
+        values[name] = ranked(pieces)
+    return values
+
+
+def whole_gradient(program: RankProgram, name: str, grad: Tensor) -> Tensor:
+    """The gradient of the whole parameter behind placeholder `name`, after the sums that are left to the runtime."""
+    mesh, spec = program.mesh, program.params[name]
+    parts = [g.clone() for g in on_each_rank(grad)]
+    for axes in spec.reduce_axes:
+        parts = [torch.stack([parts[o] for o in group_ranks(mesh, axes, r)]).sum(0) for r in range(mesh.world)]
+    shapes = [spec.shape]
+    for shard in spec.shards:
+        shapes.append(replace(spec, shape=shapes[-1], shards=(shard,)).local_shape(mesh))
+    for shard, shape in zip(reversed(spec.shards), reversed(shapes[:-1])):
+        parts = [
+            torch.cat([parts[o] for o in group_ranks(mesh, shard.axes, r)], shard.dim).narrow(shard.dim, 0, shape[shard.dim])
+            for r in range(mesh.world)
+        ]
+    return parts[0]
+
+
+def run_ranks(program: RankProgram, whole: WholeValue) -> tuple[list[float], dict[str, Tensor], Mapping[str, list[Tensor]]]:
+    """Forward and backward on all ranks: every rank's loss, whole gradients by parameter name, and what every node held on
+    every rank (floating-point tensors only)."""
+    bound = bound_to_fake_groups(program)
+    with local_ranks_mode(program.mesh.world):
+        values = rank_values(bound, whole)
+        recorder = Recorder(bound.gm)
+        order = [node.name for node in bound.gm.graph.find_nodes(op="placeholder")]
+        result = recorder.run(*(values[name] for name in order))
+        loss = result[0] if isinstance(result, tuple | list) else result
+        loss.backward()
+        losses = [float(value) for value in on_each_rank(loss.detach())]
+        grads: dict[str, Tensor] = {}
+        for name, spec in bound.params.items():
+            grad = values[name].grad
+            if grad is not None:
+                grads[spec.name] = whole_gradient(bound, name, grad)
+        held = {
+            name: [piece.detach() for piece in on_each_rank(value)]
+            for name, value in recorder.seen.items()
+            if isinstance(value, Tensor) and value.is_floating_point()
+        }
+    return losses, grads, held
