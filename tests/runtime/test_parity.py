@@ -129,10 +129,11 @@ def evaluation(rank: int) -> dict[str, float]:
     own = dict(model.named_parameters())
     assert set(state) == set(own)
     result["state"] = max((state[n].full_tensor() - own[n]).abs().max().item() for n in own)
+    saved = {name: value.full_tensor().numpy().copy() for name, value in state.items()}
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(1.0)
-    module.load_state_dict(state)
+    module.load_state_dict({name: torch.from_numpy(value) for name, value in saved.items()})
     result["restored"] = max((v.full_tensor() - own[n]).abs().max().item() for n, v in module.state_dict().items())
     return result
 
