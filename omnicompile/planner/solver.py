@@ -209,12 +209,6 @@ class Solver:
 
     def join(self, tables: list[BlockTable], point: Point) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         """Bounds and option indices of all combinations that fit."""
-        return self._join(tables, point, self.capacity)
-
-    def _join(
-        self, tables: list[BlockTable], point: Point, limit: float
-    ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """Bounds and option indices of all combinations whose memory is within `limit`."""
         bounds, memory = np.zeros((1, BOUNDS)), np.zeros((1, tables[0].memory.shape[1]))
         picks, has_hsdp = np.zeros((1, 0), dtype=np.int64), np.zeros(1, dtype=bool)
         least = [table.memory.min(axis=0) for table in tables]
@@ -222,7 +216,7 @@ class Solver:
             size, options = len(bounds), len(table.options)
             total = (memory[:, None, :] + table.memory[None, :, :]).reshape(size * options, -1)
             rest = sum(least[i + 1 :])
-            kept = np.flatnonzero((total + rest).max(axis=1) <= limit)
+            kept = np.flatnonzero((total + rest).max(axis=1) <= self.capacity)
             if not len(kept):
                 return np.zeros(0), np.zeros((0, len(tables)), dtype=np.int64)
             left, right = kept // options, kept % options
@@ -245,23 +239,19 @@ class Solver:
 
     def leanest(self) -> tuple[Plan, float] | None:
         """The plan that needs the least memory, and its bytes without context and slack; None if there is no plan."""
-        best: tuple[float, Combination] | None = None
-        for point, combination_peak in self._leanest_by_point():
-            if best is None or combination_peak[0] < best[0]:
-                best = combination_peak
-                assert combination_peak[1].point == point
-        return None if best is None else (self.plan_of(best[1]), best[0])
+        found = min(self._leanest_by_point(), key=lambda entry: entry[0], default=None)
+        return None if found is None else (self.plan_of(found[1]), found[0])
 
     def feasible(self) -> bool:
         """Whether any plan fits."""
-        return any(peak <= self.capacity for _, (peak, _) in self._leanest_by_point())
+        return any(peak <= self.capacity for peak, _ in self._leanest_by_point())
 
-    def _leanest_by_point(self) -> Iterator[tuple[Point, tuple[float, Combination]]]:
+    def _leanest_by_point(self) -> Iterator[tuple[float, Combination]]:
         for point in self.space.points:
             for offload_optimizer in self.space.offload_optimizer:
                 tables = self.tables(point, offload_optimizer)
                 if tables is not None:
-                    yield point, self._leanest_at(point, tables, offload_optimizer)
+                    yield self._leanest_at(point, tables, offload_optimizer)
 
     @staticmethod
     def _leanest_at(point: Point, tables: list[BlockTable], offload_optimizer: bool) -> tuple[float, Combination]:
