@@ -276,9 +276,11 @@ def explain_failure(error: Exception, model: nn.Module) -> str:
         if f"{os.sep}torch{os.sep}" not in file and f"{os.sep}omnicompile{os.sep}" not in file and "<" not in file:
             place = f"{file}:{frame.tb_lineno}"
         frame = frame.tb_next
+    name, where = type(model).__name__, f" at {place}" if place else ""
+    if "DataDependent" in type(error).__name__ or "data-dependent" in str(error).lower() or "Unbacked" in str(error):
+        return (
+            f"{name} could not be traced: control flow depends on the values of a tensor{where}: "
+            "use torch.where or masks there, or give the values as host metadata (an integer input)"
+        )
     first = str(error).strip().splitlines()
-    what = f"{type(error).__name__}: {first[0] if first else ''}"
-    hint = ""
-    if "data-dependent" in what.lower() or "DataDependent" in type(error).__name__ or "Unbacked" in str(error):
-        hint = " (control flow depends on tensor values: make it static, or give the values as host metadata)"
-    return f"{type(model).__name__} could not be traced: {what}{hint}" + (f" at {place}" if place else "")
+    return f"{name} could not be traced: {type(error).__name__}: {first[0] if first else ''}{where}"

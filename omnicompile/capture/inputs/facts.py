@@ -56,9 +56,11 @@ class Facts:
     def of(model: nn.Module) -> Facts:
         config = getattr(model, "config", None)
         if config is None or not hasattr(config, "get_text_config"):
+            parameters = inspect.signature(model.forward).parameters.values()
+            required = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
             raise CaptureError(
-                f"cannot guess example inputs of {type(model).__name__}, which has no Hugging Face configuration: "
-                "give a function inputs() that returns the forward's arguments"
+                f"cannot guess the forward arguments {', '.join(required)} of {type(model).__name__}, which has no "
+                "Hugging Face configuration: give a function inputs() that returns them as a dict"
             )
         arguments = frozenset(inspect.signature(model.forward).parameters) - {"self", "args", "kwargs"}
         floats = (p.dtype for p in model.parameters() if p.dtype.is_floating_point)
