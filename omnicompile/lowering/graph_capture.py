@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from omnicompile.anchors.huggingface import anchored
 from omnicompile.capture.trace import explain_failure
-from omnicompile.errors import CaptureError
+from omnicompile.errors import CaptureError, InputError
 from omnicompile.lowering.cleanup import clean
 from omnicompile.lowering.crossing import CrossingMode
 from omnicompile.lowering.host_program import HostProgram, fake_copy, fit, is_host_input
@@ -55,11 +55,21 @@ class LoweredInputs:
     def prepare(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """placeholder name -> CPU tensor of the captured shape. Runs the model's host code; needs no process group.
         Raises LoweringError or InputError when the batch does not fit the captured budget."""
+        self._check_shapes(batch)
         recording = self._program.replay(batch)
         values = {placeholder: batch[name] for placeholder, name in self._captured.inputs.items()}
         for number, (name, crossing) in enumerate(zip(self._captured.host, recording.crossings)):
             values[name] = fit(crossing, self._shapes[number], number)
         return values
+
+
+    def _check_shapes(self, batch: Mapping[str, Any]) -> None:
+        for placeholder, name in self._captured.inputs.items():
+            (node,) = (n for n in self._captured.gm.graph.find_nodes(op="placeholder") if n.name == placeholder)
+            want, got = tuple(node.meta["val"].shape), batch.get(name)
+            if not isinstance(got, Tensor) or tuple(got.shape) != want:
+                have = "is missing" if not isinstance(got, Tensor) else f"has shape {list(got.shape)}"
+                raise InputError(f"`{name}` {have}, the graph takes {list(want)}: pad the batch to the budget")
 
 
 class _Forward(nn.Module):

@@ -1,0 +1,163 @@
+"""A tiny-sized copy of a user's model with the same structure, with random weights and batches for it.
+
+A Hugging Face model is built from a shrunk configuration. The file of another model may offer `tiny()`; without it the
+model itself serves, if it is small enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from omnicompile.capture.inputs import FloatSpec, InputRequest, input_constraints, make_inputs
+from omnicompile.capture.inputs.probe import observe
+from omnicompile.capture.source import ModelSource
+from omnicompile.errors import CaptureError, InputError
+from omnicompile.lowering.tiny_config import LEVELS, shrink
+from omnicompile.workload import Workload
+
+Batch = dict[str, Any]
+MOST_PARAMETERS = 50_000_000
+_TEXT = 32  # text tokens beside the placeholders of images and audio
+_MULTIPLE = 64  # sequence lengths are one, so that they can be cut
+_PROBE_LENGTH = 4096
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """model: on CPU, in train mode, with random weights. batch: a batch for data rank r; all have equal shapes, other
+    values and other numbers of targets. notes: what differs from the user's model."""
+
+    model: nn.Module
+    batch: Callable[[int], Batch]
+    notes: tuple[str, ...] = ()
+
+
+def tiny_copy(source: ModelSource, dtype: torch.dtype = torch.float32) -> TinyModel:
+    """Raises InputError or CaptureError naming the remedy when there is no way to a tiny copy."""
+    if source.tiny is not None:
+        return _own(source, source.tiny(), dtype)
+    model = source.build_meta()
+    if hasattr(model, "config") and hasattr(model.config, "get_text_config"):
+        return _shrunk(model, dtype)
+    size = sum(p.numel() for p in model.parameters())
+    if size > MOST_PARAMETERS:
+        raise InputError(
+            f"{source.spec}: has {size / 1e9:.2g} B parameters and no Hugging Face configuration to shrink: "
+            "add def tiny() -> nn.Module to the file, the same model with small sizes"
+        )
+    return _own(source, source.build(), dtype)
+
+
+def _own(source: ModelSource, model: nn.Module, dtype: torch.dtype) -> TinyModel:
+    model = _randomized(model.to(dtype), torch.Generator().manual_seed(0))
+    if source.inputs is None:
+        return TinyModel(model, _batches(model, dtype))
+    inputs = source.inputs
+    workload = Workload(seq_len=1024, images=1, audio_seconds=1.0)
+    return TinyModel(model, lambda rank: _varied(_real(inputs(workload), dtype, rank), rank))
+
+
+def _shrunk(original: nn.Module, dtype: torch.dtype) -> TinyModel:
+    failures = []
+    for level in LEVELS:
+        try:
+            config = shrink(original.config, level)
+            with torch.device("meta"):
+                size = sum(p.numel() for p in type(original)(config).parameters())
+            if size > 4 * MOST_PARAMETERS:
+                raise CaptureError(f"it still has {size / 1e6:.0f} M parameters")
+            torch.manual_seed(0)
+            model = type(original)(config).to(dtype)
+            model = _randomized(model, torch.Generator().manual_seed(0))
+            batch = _batches(model, dtype)
+            _check_runs(model, batch(0))
+        except Exception as error:  # a size that the rules get wrong: shrink less
+            failures.append(" ".join(f"{type(error).__name__}: {error}".split())[:200])
+            continue
+        notes = [f"{size / 1e6:.2g} M parameters", "dropout off"]
+        if level is not LEVELS[0]:
+            notes.append(f"only {', '.join(sorted(level))} made smaller ({failures[0]})")
+        return TinyModel(model, batch, tuple(notes))
+    raise CaptureError(f"no tiny copy of {type(original).__name__} runs: {failures[0]}")
+
+
+def _randomized(model: nn.Module, generator: torch.Generator) -> nn.Module:
+    """With noise on every parameter, so that no bias is zero and no norm's weight is one, and nothing is not finite."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.is_floating_point():
+                continue
+            noise = torch.randn(parameter.shape, generator=generator).to(parameter.dtype) * 0.02
+            sane = torch.isfinite(parameter) & (parameter.abs() < 100)
+            parameter.copy_(torch.where(sane, parameter, torch.zeros_like(parameter)) + noise)
+    return model.train()
+
+
+def _check_runs(model: nn.Module, batch: Batch) -> None:
+    with torch.no_grad():
+        output = model(**batch)
+    loss = getattr(output, "loss", None)
+    if not isinstance(loss, Tensor) or loss.dim() != 0 or not bool(torch.isfinite(loss)):
+        raise CaptureError("the tiny copy gives no finite loss")
+
+
+def _batches(model: nn.Module, dtype: torch.dtype) -> Callable[[int], Batch]:
+    """Batches by data rank, with two images and two clips where the model takes them."""
+    limits = input_constraints(model)
+    images, audio = limits.images, limits.audio
+    grid = images.nearest_grid(1, 1) if images is not None else None
+    if images is not None and grid is not None and images.grid is None:
+        grid = (grid[0] * 2, grid[1] * 4)
+    longest = limits.max_seq_len or _PROBE_LENGTH
+
+    def inputs(seq_len: int, turned: bool) -> Any:
+        shape = (grid[1], grid[0]) if turned and grid is not None and images is not None and images.grid is None else grid
+        frames = audio.nearest_frames(1.0) if audio is not None else None
+        request = InputRequest(seq_len, 2 if images else 0, shape, frames, 2 if audio else 0)
+        return make_inputs(model, request, check=False)
+
+    seen = inputs(min(longest, _PROBE_LENGTH), False)
+    needed = seen.images * (seen.tokens_per_image + 2) + seen.clips * (seen.tokens_per_clip + 2) + _TEXT
+    length = min(longest, -(-needed // _MULTIPLE) * _MULTIPLE)
+
+    def batch(rank: int) -> Batch:
+        turned = rank % 2 == 1 and images is not None and images.packed
+        return _varied(_real(inputs(length, turned).kwargs, dtype, rank), rank)
+
+    return batch
+
+
+def _real(kwargs: Batch, dtype: torch.dtype, rank: int) -> Batch:
+    """Random numbers for what a batch states by its shape only or as float tensors, other ones on every rank."""
+    generator = torch.Generator().manual_seed(1000 + rank)
+
+    def filled(value: Any) -> Any:
+        if isinstance(value, FloatSpec) or (isinstance(value, Tensor) and value.is_floating_point()):
+            return torch.randn(value.shape, generator=generator).to(dtype)
+        return value
+
+    return {name: filled(value) for name, value in kwargs.items()}
+
+
+def _varied(batch: Batch, rank: int) -> Batch:
+    """Other text tokens on every rank, and other numbers of targets. Tokens without a target stay: they may be
+    placeholders of images."""
+    ids, labels = batch.get("input_ids"), batch.get("labels")
+    if not isinstance(labels, Tensor) or labels.dim() != 2:
+        return batch
+    result = dict(batch)
+    if isinstance(ids, Tensor) and ids.shape == labels.shape:
+        text = (labels == ids) & (labels >= 0)
+        words = ids[text]
+        order = torch.randperm(len(words), generator=torch.Generator().manual_seed(rank))
+        result["input_ids"] = ids.masked_scatter(text, words[order])
+        result["labels"] = labels = labels.masked_scatter(text, words[order])
+    ignored = torch.zeros_like(labels, dtype=torch.bool)
+    ignored[:, : 2 + rank % 5] = True
+    result["labels"] = labels.masked_fill(ignored, -100)
+    return result

@@ -1,0 +1,55 @@
+"""The step graph gives the loss and gradients that autograd gives."""
+
+from __future__ import annotations
+
+import torch
+from tiny_models import make_plan, mixture_model, reference_gradients, text_batch, worst_error
+
+from omnicompile.lowering.driver import default_lower, find_targets, rank_program, with_outputs
+from omnicompile.lowering.graph_capture import capture_forward
+from omnicompile.lowering.step_graph import trace_step
+from omnicompile.plan import Mesh
+
+
+def test_one_rank_gives_the_loss_and_every_gradient() -> None:
+    model, batch = mixture_model(), text_batch(1)
+    captured, inputs = capture_forward(model, batch)
+    own = dict(model.named_parameters())
+    targets = find_targets(captured)
+    program = rank_program(
+        with_outputs(captured, ("loss",)), make_plan(("text",), Mesh()), dict.fromkeys(own, True), {32}, torch.float32
+    )
+    lowered = default_lower(program)
+    step = trace_step(lowered)
+    values, buffers = inputs.prepare(batch), dict(model.named_buffers())
+    assert targets is not None
+    arguments = []
+    for node in step.gm.graph.find_nodes(op="placeholder"):
+        spec = lowered.inputs.get(node.name)
+        if spec is None:
+            arguments.append(own[lowered.params[node.name].name].detach())
+        elif spec.kind == "buffer":
+            arguments.append(buffers[spec.name])
+        else:
+            count = torch.tensor(float(targets.count(values)))
+            arguments.append(count if spec.kind == "count" else values.get(node.name, torch.tensor(0)))
+    with torch.no_grad():
+        loss, *grads = step.gm(*arguments)
+    got = {lowered.params[name].name: grad for name, grad in zip(step.gradients, grads)}
+    want, gradients = reference_gradients(model, [batch])
+    assert abs(loss.item() - want) < 1e-6
+    assert worst_error(got, gradients) < 1e-5
+
+
+def test_parameters_are_gathered_again_for_the_backward() -> None:
+    model, batch = mixture_model(), text_batch(1)
+    captured, _ = capture_forward(model, batch)
+    names = {name: True for name, _ in model.named_parameters()}
+    plan = make_plan(("text",), Mesh(dp_shard=4))
+    program = default_lower(rank_program(with_outputs(captured, ("loss",)), plan, names, {32}, torch.float32))
+    step = trace_step(program)
+    gathers = [n for n in step.gm.graph.nodes if n.target is torch.ops._c10d_functional.all_gather_into_tensor.default]
+    scatters = [n for n in step.gm.graph.nodes if n.target is torch.ops._c10d_functional.reduce_scatter_tensor.default]
+    assert len(scatters) == len(step.gradients) == len(names)
+    assert step.gathers > len(names) // 2
+    assert len(gathers) == len(names) + step.gathers
