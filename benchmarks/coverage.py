@@ -108,8 +108,8 @@ def mend(name: str) -> tuple[Any, list[str]]:
     """The default configuration of class `name` with what keeps it from running changed, and what was changed.
 
     Placeholder token ids that are not set get the last ids of the vocabulary; a tower's output gets the width of the
-    text that it feeds; the rotated part of a head is what its sections sum up to; attention dropout, which the
-    attention operator refuses, is 0.
+    text that it feeds; the rotated part of a head is what its sections sum up to; heads divide the width;
+    attention dropout, which the attention operator refuses, is 0.
     """
     import transformers
 
@@ -131,6 +131,10 @@ def mend(name: str) -> tuple[Any, list[str]]:
                 put(owner, path, key, text.hidden_size)
 
     walk(config, "")
+    for owner, path in _with_heads(config, ""):
+        heads = max(n for n in range(1, owner.num_attention_heads + 1) if owner.hidden_size % n == 0)
+        if heads != owner.num_attention_heads and getattr(owner, "head_dim", None) is None:
+            put(owner, path, "num_attention_heads", heads)
     rope = getattr(text, "rope_parameters", None) or {}
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     rotated = 2 * sum(rope.get("mrope_section") or [])
@@ -141,6 +145,17 @@ def mend(name: str) -> tuple[Any, list[str]]:
         if hasattr(config, key) and getattr(config, key) is None:
             put(config, "", key, text.vocab_size - number)
     return config, changed
+
+
+def _with_heads(config: Any, path: str) -> list[tuple[Any, str]]:
+    """The configurations that state a width and a number of heads, with their paths."""
+    found = []
+    if all(isinstance(getattr(config, key, None), int) for key in ("hidden_size", "num_attention_heads")):
+        found.append((config, path))
+    for key, value in vars(config).items():
+        if hasattr(value, "to_dict"):
+            found += _with_heads(value, f"{path}{key}.")
+    return found
 
 
 def _forward(model: Any, inputs: Any) -> None:

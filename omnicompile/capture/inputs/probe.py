@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +47,8 @@ class Observation:
     def depends_on_values(self) -> bool:
         """Whether the forward ended because its control flow or shapes depend on the values of a fake tensor."""
         names = {kind.__name__ for kind in type(self.error).__mro__} if self.error is not None else set()
-        return bool(names & _VALUE_ERRORS) or "only concrete integers" in str(self.error)
+        text = str(self.error)
+        return bool(names & _VALUE_ERRORS) or "only concrete integers" in text or bool(re.search(r"\bu\d+\b", text))
 
 
 class _Watch(TorchFunctionMode):

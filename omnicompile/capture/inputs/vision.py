@@ -120,7 +120,8 @@ def _packed(facts: Facts, found: ImageFacts, images: int, grid: tuple[int, int])
         common["image_merge_sizes"] = _ones(images)
     shapes: list[tuple[int, ...]] = [(total, c * t * p * p), (total, c * p * p), (total, c, p, p), (total, c, t, p, p)]
     shapes += [(total, t, c, p, p), (1, total, c * p * p), (1, c, p, total * p), (total, t, p, p, c)]
-    shapes += [(total, p * found.merge[0], p * found.merge[1], c)]
+    merged = total // (found.merge[0] * found.merge[1])
+    shapes += [(count, p * found.merge[0], p * found.merge[1], c) for count in (merged, total)]
     if two_columns:
         shapes.reverse()
     for shape in dict.fromkeys(shapes):
@@ -178,7 +179,8 @@ def _whole_images(
     if "aspect_ratio_ids" in facts.arguments:
         shapes.append((rows, per_row, int(first_value(facts.image_configs, "max_num_tiles") or 1), *image))
     shapes += [(images, *image), (rows, per_row, *image), (images, 1, *image)]
-    shapes += [(images, grid[0] * grid[1], found.channels * found.patch**2)]
+    patches, p = grid[0] * grid[1], found.patch
+    shapes += [(images, patches, found.channels * p * p), (images * patches, found.temporal, p, p, found.channels)]
     for shape in shapes:
         for masks in _pixel_masks(facts, rows, per_row, (height, width), len(shape)):
             yield {found.pixels: FloatSpec(shape, facts.dtype), **extras, **masks}
@@ -222,6 +224,12 @@ def _extras(
         extras["cross_attention_mask"] = _ones(rows, seq_len, per_row, tiles)
     elif "image_attention_mask" in names and "perceiver_embeddings" in names:
         extras["image_attention_mask"] = _ones(rows, seq_len, per_row)
+    if "image_token_pooling" in names:
+        # Each token pools 2 x 2 patches of its image; the grids of tokens are those of the overview, no crops.
+        tokens = (grid[0] // 2, grid[1] // 2)
+        extras["image_token_pooling"] = _ones(images * tokens[0] * tokens[1], 4)
+        extras["image_grids"] = _long([[*tokens, 0, 0]] * images)
+        extras["image_num_crops"] = _ones(images)
     if "qformer_input_ids" in names:
         extras["qformer_input_ids"] = _ones(images, 16)
     if "image_embeds_position_mask" in names:
