@@ -39,6 +39,7 @@ class ModelSource:
     name: for reports. spec: what the user typed. build: makes the module on the device of the surrounding context.
     workload: what the user's file says a sample looks like, if it does. inputs: the user's own forward arguments for a
     Workload (ignored by an inputs() without a parameter), if given; `inputs_vary` tells whether it takes one.
+    tiny: makes the same model with small sizes, if the user's file offers it.
     source_digest: hash of all that the model is made from, "" where it is unknown and captures must not be cached.
     """
 
@@ -49,6 +50,7 @@ class ModelSource:
     workload: Workload | None = None
     inputs: Callable[[Workload | None], dict[str, Any]] | None = None
     inputs_vary: bool = False
+    tiny: Build | None = None
 
     @property
     def cacheable(self) -> bool:
@@ -139,6 +141,7 @@ def _from_file(spec: str, path: Path, function: str) -> ModelSource:
         workload=workload,
         inputs=inputs,
         inputs_vary=vary,
+        tiny=_guarded(functions["tiny"], f"{path}: tiny()", path) if "tiny" in functions else None,
     )
 
 
