@@ -216,7 +216,7 @@ def _oriented(shape: GemmShape) -> tuple[GemmShape, str]:
         return shape, "k"
     if shape.batch.free_symbols:
         # Many small products, one per image: they run along with the images.
-        each, times = shape.batch.as_independent(*shape.batch.free_symbols)
+        each, times = shape.batch.as_independent(*shape.batch.free_symbols, as_Add=False)
         return GemmShape(shape.m * times, shape.n, shape.k, each), "m"
     return shape, ""
 

@@ -55,6 +55,10 @@ class SizeReader:
     def _read(self, size: int) -> Expr:
         if size in self.constants or size <= 1:
             return sympy.Integer(size)
+        # A loss's shift by one. Before multiples: S - 1 may well be a multiple of the number of images.
+        for known in self.sizes:
+            if known.symbol == Sym.S and abs(size - known.value) <= 2:
+                return known.symbol + (size - known.value)
         for known in self.sizes:
             if size % known.mark == 0:
                 multiple = sympy.Rational(size, known.value)
@@ -65,9 +69,6 @@ class SizeReader:
         for known in self.sizes:
             if self.is_share(size, known):
                 return sympy.Rational(size, known.value) * known.symbol
-        for known in self.sizes:
-            if known.symbol == Sym.S and abs(size - known.value) <= 2:
-                return known.symbol + (size - known.value)
         return sympy.Integer(size)
 
     def numel(self, shape: Iterable[int]) -> Expr:

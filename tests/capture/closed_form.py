@@ -1,8 +1,8 @@
 """FLOPs of the zoo's models, counted by hand from their architectures. Nothing here is shared with the capture.
 
-A multiply and an add count as two. Counted: matrix products, convolutions, attention (without the causal discount, summed
-over segments) and experts. In the backward every product counts twice (gradients of its input and of its weight), once if
-its input needs no gradient (pixels, spectrograms); attention costs 5 products where the forward has 2.
+A multiply and an add count as two. Counted: matrix products, convolutions, attention (without the causal discount,
+summed over segments) and experts. In the backward every product counts twice (gradients of its input and of its
+weight), once if its input needs no gradient (pixels, spectrograms); attention costs 5 products where the forward has 2.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def total(counts: Iterable[Count]) -> Count:
     return sum(counts, Count())
 
 
-# --- Language backbones -------------------------------------------------------------------------------------------------
+# --- Language backbones --------------------------------------------------------------------------------------------
 
 
 def grouped_query_attention(c: dict[str, Any], tokens: int) -> Count:
@@ -118,7 +118,7 @@ def decoder(c: dict[str, Any], tokens: int) -> Count:
     return head + (grouped_query_attention(c, tokens) + mlp) * layers
 
 
-# --- Vision -------------------------------------------------------------------------------------------------------------
+# --- Vision --------------------------------------------------------------------------------------------------------
 
 
 def transformer_block(tokens: float, width: int, inner: int, pairs: float, heads: int) -> Count:
@@ -146,7 +146,7 @@ def vision_2(p: Parts, s: Sample) -> Count:
 
 
 def window_pairs(grid: tuple[int, int], side: int) -> int:
-    """Sum of squared sizes of the windows of `side` x `side` patches that a grid is cut into; those at the edge are smaller."""
+    """Sum of squared sizes of the windows of `side` x `side` patches of a grid; those at the edge are smaller."""
 
     def cuts(length: int) -> list[int]:
         return [min(side, length - start) for start in range(0, length, side)]
@@ -180,7 +180,7 @@ def vision_3(p: Parts, s: Sample) -> Count:
     return embed + block * c["depth"] + merger(patches, width, c["out_hidden_size"]) * mergers
 
 
-# --- Audio --------------------------------------------------------------------------------------------------------------
+# --- Audio ---------------------------------------------------------------------------------------------------------
 
 
 def audio_25(p: Parts, s: Sample) -> Count:
@@ -225,7 +225,7 @@ def audio_3(p: Parts, s: Sample) -> Count:
     )
 
 
-# --- Whole models -------------------------------------------------------------------------------------------------------
+# --- Whole models --------------------------------------------------------------------------------------------------
 
 
 def text_only(p: Parts, s: Sample) -> Count:
@@ -237,7 +237,7 @@ def with_encoders(*encoders: Callable[[Parts, Sample], Count]) -> Callable[[Part
 
 
 def janus(p: Parts, s: Sample) -> Count:
-    """Vision tower of fixed 24 x 24 patches and a two-layer projector; the generation heads take no part in the loss."""
+    """Vision tower of 24 x 24 patches and a two-layer projector; the generation heads take no part in the loss."""
     c, tokens = p["vision"], s.images * 24 * 24
     width, out = c["hidden_size"], p["text"]["hidden_size"]
     block = transformer_block(tokens, width, 4 * width, s.images * (24 * 24) ** 2, c["num_attention_heads"])

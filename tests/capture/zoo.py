@@ -21,7 +21,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 @dataclass(frozen=True)
 class Entry:
     """A model of the zoo. published: the figure that its publisher states, source: where. parts: the configuration
-    dictionaries by part, which the closed-form count reads. shallow: depth by part of a build where every layer is traced."""
+    dictionaries by part, which the closed-form count reads. shallow: depths by part where every layer is traced."""
 
     name: str
     family: str
@@ -51,7 +51,7 @@ def _rope(theta: float, **more: Any) -> dict[str, Any]:
     return {"rope_type": "default", "rope_theta": theta, **more}
 
 
-# --- Language models --------------------------------------------------------------------------------------------------
+# --- Language models -----------------------------------------------------------------------------------------------
 
 _LLAMA_8B = {
     "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
@@ -86,7 +86,8 @@ _QWEN3_30B = {
 }  # fmt: skip
 
 _QWEN3_OMNI_TEXT = _QWEN3_30B | {
-    "vocab_size": 152064, "intermediate_size": 768, "rope_parameters": _rope(1e6, mrope_section=[24, 20, 20], mrope_interleaved=True),
+    "vocab_size": 152064, "intermediate_size": 768,
+    "rope_parameters": _rope(1e6, mrope_section=[24, 20, 20], mrope_interleaved=True),
 }  # fmt: skip
 
 _DEEPSEEK_V3 = {
@@ -103,7 +104,7 @@ _JANUS_TEXT = {
     "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 16384, "rms_norm_eps": 1e-6,
 }  # fmt: skip
 
-# --- Encoders ---------------------------------------------------------------------------------------------------------
+# --- Encoders ------------------------------------------------------------------------------------------------------
 
 _QWEN2_VISION = {
     "depth": 32, "embed_dim": 1280, "num_heads": 16, "mlp_ratio": 4, "patch_size": 14, "spatial_merge_size": 2,
@@ -152,7 +153,7 @@ _JANUS_VQ = {
     "num_patches": 24,
 }  # fmt: skip
 
-# --- Builders -----------------------------------------------------------------------------------------------------------
+# --- Builders ------------------------------------------------------------------------------------------------------
 
 
 def _llama(parts):
@@ -259,7 +260,7 @@ def _custom(_parts):
     return runpy.run_path(str(EXAMPLES / "custom_model.py"))["build"]()
 
 
-# --- The zoo ----------------------------------------------------------------------------------------------------------
+# --- The zoo -------------------------------------------------------------------------------------------------------
 
 _HUB = "safetensors metadata of {} on the Hugging Face hub"
 _SHORT_TEXT = {"num_hidden_layers": 6}
@@ -297,8 +298,8 @@ ENTRIES = (
           "Qwen3-Omni technical report: 30 B text, 540 M vision, 650 M audio; Captioner, the thinker alone, on the hub",
           {"text": _SHORT_TEXT, "vision": _SHORT_DEEPSTACK, "audio": _SHORT_AUDIO}),
     Entry("Janus-Pro-7B", "janus", _janus, {"text": _JANUS_TEXT, "vision": _JANUS_VISION, "generation": _JANUS_VQ},
-          7_407_773_323, "7.42 B", "14.84 GB of bfloat16 weights of deepseek-ai/Janus-Pro-7B on the hub; 12.6 M of them "
-          "are an attention-pooling head of the vision tower that is never used and that transformers leaves out",
+          7_407_773_323, "7.42 B", "14.84 GB of bfloat16 weights of deepseek-ai/Janus-Pro-7B on the hub, which hold an "
+          "unused attention-pooling head of 12.6 M in the vision tower that transformers leaves out",
           {"text": _SHORT_TEXT, "vision": {"num_hidden_layers": 6}}),
     Entry("Whisper-large-v3", "whisper", _whisper, {"whisper": _WHISPER}, 1_543_490_560, "1.54 B",
           _HUB.format("openai/whisper-large-v3"), {"whisper": {"encoder_layers": 6, "decoder_layers": 6}}),

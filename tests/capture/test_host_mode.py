@@ -1,0 +1,69 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from omnicompile.capture.trace import trace_forward
+from omnicompile.errors import CaptureError
+
+from .small import WIDTH
+
+
+class Windowed(nn.Module):
+    """Cuts its tokens into the lengths that a host tensor holds, and selects with a host mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, inputs, lengths, keep=None):
+        parts = [self.inner(part) for part in inputs.split(lengths.tolist(), dim=1)]
+        x = torch.cat([part * (index + 1) for index, part in enumerate(parts)], dim=1)
+        if keep is not None:
+            x = x[:, keep]
+        return F.mse_loss(x, torch.zeros_like(x))
+
+
+def products(traced):
+    return [n for n in traced.graph.graph.nodes if "linear" in str(n.target)]
+
+
+def test_loops_over_host_lengths_see_numbers() -> None:
+    kwargs = {"inputs": torch.zeros(1, 12, WIDTH), "lengths": torch.tensor([3, 4, 5])}
+    traced = trace_forward(Windowed(), kwargs, {"lengths"})
+    assert [n.meta["val"].shape[1] for n in products(traced)] == [3, 4, 5]
+
+
+def test_a_host_mask_becomes_an_index_of_fixed_size() -> None:
+    keep = torch.tensor([True, False, True] * 4)
+    kwargs = {"inputs": torch.zeros(1, 12, WIDTH), "lengths": torch.tensor([12]), "keep": keep}
+    traced = trace_forward(Windowed(), kwargs, {"lengths", "keep"})
+    assert any(n.meta["val"].shape == (1, 8, WIDTH) for n in traced.graph.graph.nodes if "index" in str(n.target))
+
+
+class Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, inputs, sizes):
+        x = self.inner(inputs)
+        return (x if sizes.sum() > 10 else 2 * x).sum()
+
+
+def test_control_flow_on_metadata_is_followed() -> None:
+    kwargs = {"inputs": torch.zeros(1, 12, WIDTH), "sizes": torch.tensor([3, 4])}
+    traced = trace_forward(Branching(), kwargs, {"sizes"})
+    assert any("mul" in str(n.target) for n in traced.graph.graph.nodes)
+
+
+def test_control_flow_on_data_is_refused_with_its_line() -> None:
+    kwargs = {"inputs": torch.zeros(1, 12, WIDTH), "sizes": torch.tensor([3, 4])}
+    with pytest.raises(CaptureError, match=r"Branching could not be traced.*host metadata.*test_host_mode.py:\d+"):
+        trace_forward(Branching(), kwargs, set())
+
+
+def test_the_metadata_is_left_as_it_was() -> None:
+    lengths = torch.tensor([3, 4, 5])
+    trace_forward(Windowed(), {"inputs": torch.zeros(1, 12, WIDTH), "lengths": lengths}, {"lengths"})
+    assert lengths.tolist() == [3, 4, 5]

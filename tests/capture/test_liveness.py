@@ -1,0 +1,58 @@
+from omnicompile.capture.liveness import analyse
+from omnicompile.program import Recompute, Sym
+
+from .small import WIDTH, Language, joint_of, program_of, reader
+
+ROW = WIDTH * 4
+
+
+def saved(function):
+    joint = joint_of(function)
+    return analyse(joint, reader(), {}, {}).saved
+
+
+def test_a_product_keeps_its_input() -> None:
+    # x itself needs no gradient and flows in: the first product's input is not counted, the second's is.
+    kept = saved(lambda x, w: (x @ w).tanh() @ w)
+    assert kept[Recompute.NONE].nbytes == ROW * Sym.S
+
+
+def test_selective_keeps_what_is_dear_and_recomputes_the_rest() -> None:
+    kept = saved(lambda x, w: ((x @ w).exp().sigmoid().tanh()) @ w)
+    assert kept[Recompute.NONE].nbytes == 3 * ROW * Sym.S
+    assert kept[Recompute.SELECTIVE].nbytes == ROW * Sym.S
+
+
+def test_full_keeps_the_input_of_a_layer_alone() -> None:
+    layer = program_of(Language()).segment("text.layers")
+    assert layer.saved[Recompute.FULL].nbytes == layer.input_bytes == ROW * Sym.S
+    assert len(layer.saved[Recompute.FULL].recompute_ops) > 4
+
+
+def test_frozen_parameters_need_less() -> None:
+    layer = program_of(Language()).segment("text.layers")
+    for kept in layer.saved.values():
+        assert kept.nbytes_frozen.coeff(Sym.S) <= kept.nbytes.coeff(Sym.S)
+    none = layer.saved[Recompute.NONE]
+    assert none.nbytes_frozen.coeff(Sym.S) < none.nbytes.coeff(Sym.S)
+
+
+def test_policies_are_ordered() -> None:
+    for segment in program_of(Language()).segments:
+        kept = [segment.saved[p].nbytes.subs(Sym.S, 997) for p in Recompute]
+        assert kept == sorted(kept, reverse=True), segment.name
+
+
+def test_what_all_layers_read_is_kept_once() -> None:
+    """A decoder's layers all keep the encoder's output: it is one tensor."""
+    joint = joint_of(lambda x, w: ((x @ w).tanh() @ w).tanh() @ w)
+    everything = analyse(joint, reader(), {}, {}).saved[Recompute.NONE].nbytes
+    first = next(n for n in joint.forward if str(n.target) == "aten.tanh.default")
+    halved = analyse(joint, reader(), {}, {first: 2}).saved[Recompute.NONE].nbytes
+    assert everything - halved == ROW * Sym.S / 2
+
+
+def test_peaks_hold_no_registers() -> None:
+    """Between two products a chain of pointwise work needs its source, and its result which is kept."""
+    joint = joint_of(lambda x, w: (((x @ w).neg() + 1) * 2 - 3) @ w)
+    assert analyse(joint, reader(), {}, {}).forward_peak.coeff(Sym.S) <= ROW
