@@ -59,7 +59,10 @@ def _batched(batch: Expr, q_len: Expr, kv_len: Expr) -> Expr:
 
 
 def _segmented(reader: SizeReader, q_tokens: Expr, cu_q: Tensor, cu_k: Tensor) -> Expr:
-    """Segments that are whole images (or clips) give their sum of squares; smaller ones are windows of fixed size."""
+    """Segments that are whole images (or clips) give their sum of squares; smaller ones are windows of fixed size.
+
+    The last window of an image may be smaller: with more windows that counts for ever less, and is left out.
+    """
     q_lens, k_lens = cu_q.diff().tolist(), cu_k.diff().tolist()
     total = sum(q_lens)
     if not total:
@@ -69,7 +72,7 @@ def _segmented(reader: SizeReader, q_tokens: Expr, cu_q: Tensor, cu_k: Tensor) -
         unit = _unit_length(reader, symbol)
         if symbol in q_tokens.free_symbols and unit and (mean / unit).q <= 16 and (mean / unit).p <= 16:
             return sympy.cancel(q_tokens / symbol) * (mean / unit) * square
-    return q_tokens * mean
+    return q_tokens * max(k_lens)
 
 
 def _unit_length(reader: SizeReader, symbol: sympy.Symbol) -> int:

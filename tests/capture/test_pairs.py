@@ -63,3 +63,11 @@ def test_a_sliding_window_bounds_the_pairs() -> None:
 def test_no_tokens_no_pairs() -> None:
     empty = torch.zeros(1, dtype=torch.int32)
     assert attention_pairs(make(), (1, 16, 0, 80), (1, 16, 0, 80), (empty, empty), 0) == 0
+
+
+def test_a_last_window_that_is_smaller_reads_as_a_window() -> None:
+    """A clip of 1700 frames in windows of 800: other lengths of clips leave another rest, the window stays."""
+    clips = [start for clip in range(CLIPS) for start in range(clip * FRAMES, (clip + 1) * FRAMES, 800)]
+    cu = torch.tensor([*clips, CLIPS * FRAMES], dtype=torch.int32)
+    shape = (1, 20, CLIPS * FRAMES, 64)
+    assert attention_pairs(make(), shape, shape, (cu, cu), 0) == 800 * Sym.A
