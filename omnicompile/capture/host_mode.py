@@ -66,6 +66,9 @@ def _mask_to_indices(index: Any) -> tuple[Any, ...] | None:
 class HostMode(TorchFunctionMode):
     """Active while a model is traced. See the module's docstring."""
 
+    def on_host(self, args: Any, kwargs: Any, result: Any) -> None:
+        """Called after an operation that ran on the host."""
+
     def traced(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run what is not host metadata. Host tensors among the arguments enter the graph as constants here."""
         return func(*args, **kwargs)
@@ -86,7 +89,9 @@ class HostMode(TorchFunctionMode):
             if kwargs.get("device") is not None and not tensors:
                 kwargs = {**kwargs, "device": "cpu"}
             with outside_tracing():
-                return func(*args, **kwargs)
+                result = func(*args, **kwargs)
+            self.on_host(args, kwargs, result)
+            return result
         if func is torch.Tensor.__getitem__ and (indices := _mask_to_indices(args[1])) is not None:
             return self.traced(func, (args[0], indices), {})
         return self.traced(func, args, kwargs)

@@ -11,13 +11,13 @@ anchor becomes the sequence length, and features that are split per image only t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from omnicompile.capture.host_mode import HostMode, is_host
 
@@ -30,10 +30,12 @@ _JOINS = frozenset({torch.cat, torch.concat, torch.concatenate})
 @dataclass
 class Crossing:
     """A host tensor that enters the graph. bounds_only: it is used for nothing but the segment bounds of attention, so
-    that it can be lengthened by empty segments."""
+    that it can be lengthened by empty segments. sources: the batch's tensors that it was computed from, as far as they
+    are known (numbers taken out of a tensor lose theirs)."""
 
     value: Tensor
     bounds_only: bool = True
+    sources: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -63,11 +65,26 @@ class CrossingMode(HostMode):
 
     def __init__(self, inputs: Sequence[Tensor] | None = None) -> None:
         super().__init__()
+        self._sources: dict[int, tuple[Tensor, frozenset[str]]] = {}
         self.inputs = inputs
         self.crossings: list[Crossing] = []
         self.calls: list[Call] = []
         self._number: dict[int, int] = {}
         self._splits: dict[int, _Split] = {}
+
+    def name_sources(self, batch: Mapping[str, Any]) -> None:
+        """Tell which tensors are the batch's own."""
+        for name, value in batch.items():
+            if is_host(value):
+                self._sources[id(value)] = (value, frozenset([name]))
+
+    def on_host(self, args: Any, kwargs: Any, result: Any) -> None:
+        """Remember what a host tensor was computed from."""
+        found = [self._sources[id(x)][1] for x in tree_leaves((args, kwargs)) if id(x) in self._sources]
+        if found:
+            for value in tree_leaves(result):
+                if is_host(value) and id(value) not in self._sources:
+                    self._sources[id(value)] = (value, frozenset().union(*found))
 
     def traced(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func in _JOINS and (whole := self._rejoined(args, kwargs)) is not None:
@@ -89,7 +106,8 @@ class CrossingMode(HostMode):
         number = self._number.get(id(tensor))
         if number is None:
             number = self._number[id(tensor)] = len(self.crossings)
-            self.crossings.append(Crossing(tensor))
+            known = self._sources.get(id(tensor))
+            self.crossings.append(Crossing(tensor, sources=known[1] if known else frozenset()))
         if not (is_attention(func) and any(tensor is bound for bound in args[_BOUNDS])):
             self.crossings[number].bounds_only = False
         return tensor if self.inputs is None else self.inputs[number]

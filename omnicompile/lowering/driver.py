@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from omnicompile.capture.regions import modality_of_input
 from omnicompile.errors import LoweringError
 from omnicompile.lowering.graph_capture import CapturedForward
 from omnicompile.lowering.placing import assign_blocks, token_dim
@@ -66,13 +67,12 @@ def rank_program(
     requires_grad: Mapping[str, bool],
     lengths: Collection[int],
     stored: torch.dtype,
-    block_paths: dict[str, str] | None = None,
 ) -> RankProgram:
     """What the passes start from: every placeholder whole.
 
     requires_grad: by parameter name. lengths: sizes that count tokens or patches. stored: dtype of the master weights.
     """
-    assign_blocks(captured.gm, plan.blocks, block_paths or {})
+    assign_blocks(captured.gm, plan.blocks, _sources(captured))
     nodes = {node.name: node for node in captured.gm.graph.find_nodes(op="placeholder")}
     params = {}
     for placeholder, name in captured.params.items():
@@ -98,6 +98,15 @@ def rank_program(
         param_dtype=None if compute == stored else compute,
         reduce_dtype=dtype_named(plan.reduce_dtype),
     )
+
+
+def _sources(captured: CapturedForward) -> dict[str, frozenset[str]]:
+    """Placeholder -> names of the batch's tensors that decide its block: float inputs, and host tensors made of text.
+    Host metadata of other modalities goes with the features that it is used with."""
+    found = {placeholder: frozenset([name]) for placeholder, name in captured.inputs.items()}
+    for placeholder, names in captured.host.items():
+        found[placeholder] = frozenset(name for name in names if modality_of_input(name) == "text")
+    return found
 
 
 @dataclass(frozen=True)

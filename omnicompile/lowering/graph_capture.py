@@ -32,7 +32,7 @@ class CapturedForward:
     gm: placeholders are parameters, buffers, constants, float inputs and host inputs; the output is a tuple with one
     value for each of `outputs` ("loss", "logits"). params / buffers / inputs: placeholder name -> name in the model or
     the batch. constants: placeholder name -> tensor that the model makes of literals. host: placeholders of host
-    metadata, in crossing order.
+    metadata, in crossing order -> names of the batch's tensors that they are known to come from.
     """
 
     gm: fx.GraphModule
@@ -40,7 +40,7 @@ class CapturedForward:
     buffers: dict[str, str]
     constants: dict[str, Tensor]
     inputs: dict[str, str]
-    host: tuple[str, ...]
+    host: dict[str, frozenset[str]]
     outputs: tuple[str, ...]
 
 
@@ -61,7 +61,6 @@ class LoweredInputs:
         for number, (name, crossing) in enumerate(zip(self._captured.host, recording.crossings)):
             values[name] = fit(crossing, self._shapes[number], number)
         return values
-
 
     def _check_shapes(self, batch: Mapping[str, Any]) -> None:
         for placeholder, name in self._captured.inputs.items():
@@ -142,7 +141,7 @@ def capture_forward(
             f"{type(model).__name__}: tracing met {len(crossing.crossings)} metadata tensors, a run before it "
             f"{len(host)}: the forward must do the same each time it is called"
         )
-    captured = _captured(exported, tuple(find_outputs(first.output)))
+    captured = _captured(exported, tuple(find_outputs(first.output)), [c.sources for c in first.crossings])
     return captured, LoweredInputs(captured, program, tuple(host))
 
 
@@ -151,7 +150,9 @@ def _with_room(bounds: Tensor, segments: int) -> Tensor:
     return torch.cat([bounds, bounds[-1:].expand(short)]) if short > 0 else bounds
 
 
-def _captured(exported: torch.export.ExportedProgram, outputs: tuple[str, ...]) -> CapturedForward:
+def _captured(
+    exported: torch.export.ExportedProgram, outputs: tuple[str, ...], sources: list[frozenset[str]]
+) -> CapturedForward:
     signature, gm = exported.graph_signature, exported.graph_module
 
     def strip(name: str) -> str:
@@ -165,7 +166,7 @@ def _captured(exported: torch.export.ExportedProgram, outputs: tuple[str, ...]) 
     constants = {p: exported.constants[n] for p, n in signature.inputs_to_lifted_tensor_constants.items()}
     known = {*params, *buffers, *constants}
     rest = [n for n in gm.graph.find_nodes(op="placeholder") if n.name not in known]
-    host = tuple(n.name for n in rest if n.name.startswith("host_"))
+    host = {n.name: sources[int(n.name.removeprefix("host_"))] for n in rest if n.name.startswith("host_")}
     inputs = {n.name: n.name.removeprefix("inputs_") for n in rest if n.name not in host}
     clean(gm)
     return CapturedForward(gm, params, buffers, constants, inputs, host, outputs)

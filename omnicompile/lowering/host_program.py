@@ -109,6 +109,7 @@ class HostProgram:
 
     def _run(self, batch: Mapping[str, Any], mode: CrossingMode) -> Recording:
         kwargs = {name: self.argument(name, value) for name, value in batch.items()}
+        mode.name_sources(kwargs)
         with torch.no_grad(), self.mode, anchored(self.model), mode:
             output = self.model(**kwargs)
         return Recording(mode.crossings, mode.calls, output)

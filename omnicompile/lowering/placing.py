@@ -2,51 +2,41 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from torch import Tensor, fx
 
-from omnicompile.errors import LoweringError
+from omnicompile.capture.regions import modality_of_input
 
-# Words by which module trees name the towers of a modality; the same for every model.
-_WORDS = {
-    "vision": re.compile(r"vis(ion|ual)|image|vit|patch"),
-    "audio": re.compile(r"audio|speech|acoustic|whale"),
-    "video": re.compile(r"video"),
-}
+MAIN = "text"
 
 
-def module_path(node: fx.Node) -> str:
-    """Path of the innermost module that the node was traced in, "" if it is none's."""
-    stack = node.meta.get("nn_module_stack") or {}
-    paths = [entry[0] for entry in stack.values()]
-    return paths[-1].removeprefix("L['self'].").removeprefix("model.") if paths else ""
+def assign_blocks(gm: fx.GraphModule, blocks: Collection[str], sources: Mapping[str, Collection[str]]) -> None:
+    """Set node.meta["block"] on every node, by the same rule as the planner's blocks: what depends on pixels alone is
+    vision, what depends on audio features alone is audio, what depends on text too, or on several, is the backbone.
+
+    sources: placeholder -> names of the batch's tensors that it comes from (none for parameters). Values that depend on
+    no input, such as gathered parameters, belong to the block of what uses them.
+    """
+    nodes = list(gm.graph.nodes)
+    found: dict[fx.Node, frozenset[str]] = {}
+    for node in nodes:
+        names = sources.get(node.name, ()) if node.op == "placeholder" else ()
+        own = frozenset(map(modality_of_input, names))
+        found[node] = own.union(*(found[source] for source in node.all_input_nodes))
+    for node in reversed(nodes):
+        if not found[node]:
+            found[node] = min((found[user] for user in node.users if found[user]), key=len, default=frozenset())
+    main = MAIN if MAIN in blocks else next(iter(blocks))
+    for node in nodes:
+        name = _block_name(found[node])
+        node.meta["block"] = name if name in blocks else main
 
 
-def assign_blocks(gm: fx.GraphModule, blocks: Collection[str], paths: dict[str, str]) -> None:
-    """Set node.meta["block"] on every node. paths: block name -> path prefix in the model ("" for what is left over);
-    blocks without a path are found by the words in the module path. Values computed outside any module (placeholders)
-    belong to the block of their first user."""
-    main = next((b for b in blocks if paths.get(b) == ""), "text" if "text" in blocks else next(iter(blocks)))
-
-    def block_of(path: str) -> str:
-        claimed = [b for b, prefix in paths.items() if prefix and (path == prefix or path.startswith(prefix + "."))]
-        if claimed:
-            return max(claimed, key=lambda b: len(paths[b]))
-        for name, words in _WORDS.items():
-            if name in blocks and name not in paths and words.search(path):
-                return name
-        return main
-
-    unknown = set(paths) - set(blocks)
-    if unknown:
-        raise LoweringError(f"no choices are given for the blocks {sorted(unknown)}: the plan has {sorted(blocks)}")
-    for node in gm.graph.nodes:
-        node.meta["block"] = block_of(module_path(node))
-    for node in reversed(gm.graph.nodes):
-        if node.op in ("placeholder", "get_attr") and node.users:
-            node.meta["block"] = next(iter(node.users)).meta["block"]
+def _block_name(modalities: frozenset[str]) -> str:
+    if MAIN in modalities or not modalities:
+        return MAIN
+    return "vision" if modalities == {"vision", "video"} else "_".join(sorted(modalities))
 
 
 def token_dim(value: Tensor, lengths: Collection[int]) -> int | None:

@@ -116,11 +116,9 @@ class Engine:
         backend: Backend,
         stored: torch.dtype,
         segments: int,
-        block_paths: dict[str, str] | None = None,
     ) -> None:
         self.model, self.plan, self.mesh = model, plan, mesh
         self._lower, self._backend, self._stored, self._segments = lower, backend, stored, segments
-        self._block_paths = block_paths
         self._captures: dict[str, Capture] = {}
         self._programs: dict[tuple[str, bool], LoadedProgram] = {}
 
@@ -140,7 +138,7 @@ class Engine:
             wanted = ("loss", "logits") if logits else ("loss",)
             forward = with_outputs(capture.forward, wanted)
             requires_grad = {name: p.requires_grad for name, p in self.model.named_parameters()}
-            initial = rank_program(forward, self.plan, requires_grad, _lengths(batch), self._stored, self._block_paths)
+            initial = rank_program(forward, self.plan, requires_grad, _lengths(batch), self._stored)
             lowered = self._lower(initial)
             require_same({"lowered graph": lowered.gm.code}, self.mesh.control)
             self._programs[key] = self._load(lowered, capture.forward)

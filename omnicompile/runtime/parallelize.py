@@ -30,7 +30,6 @@ def parallelize(
     backend: str = "eager",
     master_dtype: torch.dtype = torch.float32,
     segments: int = DEFAULT_SEGMENTS,
-    block_paths: dict[str, str] | None = None,
     lower: Lower = default_lower,
 ) -> ParallelModule | PlainModule:
     """Distribute `model` under `plan` over the processes that torchrun started.
@@ -59,7 +58,7 @@ def parallelize(
         "backend": backend,
     }
     require_same(facts, mesh.control)
-    engine = Engine(model, plan, mesh, lower, BACKENDS[backend], master_dtype, segments, block_paths)
+    engine = Engine(model, plan, mesh, lower, BACKENDS[backend], master_dtype, segments)
     batch = to_host(example_batch)
     loaded = engine.program(batch, batch_signature(batch, model.training), logits=False)
     budget = Budget.of(model, batch)
