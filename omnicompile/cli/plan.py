@@ -61,6 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="keep a choice: vision.sp=1, text.recompute=full, mesh.dp_replicate=2, micro_batch=1 (repeatable)",
     )
     search.add_argument("--recipe", metavar="FILE", help="keep the choices of a recipe, or of any part of one")
+    search.add_argument(
+        "--priced",
+        action="store_true",
+        help="also consider what is priced and not executable yet (host offload, images dealt out to SP ranks)",
+    )
     search.add_argument("--top", type=int, default=4, metavar="K", help="how many plans to show (4)")
     answer = search.add_mutually_exclusive_group()
     answer.add_argument("--min-gpus", action="store_true", help="plan for the fewest GPUs that fit, at most --gpus")
@@ -101,6 +106,8 @@ def _request(args: argparse.Namespace) -> Request:
     cluster = cluster_of(args, machine[0], gpus=_largest(args) if args.min_gpus else None)
     load_hardware(cluster.gpu)  # an unknown GPU is told before the model is traced
     pins |= parse_pins(args.pin)
+    if args.priced:
+        pins["priced"] = "true"
     source = load_model_source(args.model, args.config)
     workload = workload_of(args, source.workload, machine[1])
     return Request(source, cluster, workload, pins)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from omnicompile.plan import Plan, Prediction
+from omnicompile.support import not_executable
 
 GIB = 2.0**30
 
@@ -15,6 +16,7 @@ def notes(plan: Plan, refused: dict[str, str]) -> tuple[str, ...]:
     lines = [_memory_note(prediction), _time_note(prediction)]
     if plan.mesh.ep > 1:
         lines.append(f"expert parallelism is priced with balanced routing over {plan.mesh.ep} ranks")
+    lines += [f"priced, not executable yet: {choice}" for choice in not_executable(plan)]
     lines += [f"not taken: {reason}" for reason in list(dict.fromkeys(refused.values()))[:3]]
     return tuple(lines)
 

@@ -20,6 +20,8 @@ STEP_FIELDS: dict[str, Parser] = {
     "offload_optimizer": bool,
     "param_dtype": str,
     "reduce_dtype": str,
+    # Not a choice of the plan: also consider choices that are priced and not executable yet.
+    "priced": bool,
 }
 BLOCK_FIELDS: dict[str, Parser] = {
     "sharding": Sharding,
@@ -54,12 +56,17 @@ class Pins:
         return name not in self.step or self.step[name] == value
 
     def describe(self) -> str:
-        parts = [f"mesh.{k}={v}" for k, v in self.mesh.items()] + [f"{k}={v}" for k, v in self.step.items()]
+        parts = [f"mesh.{k}={v}" for k, v in self.mesh.items()] + [f"{k}={v}" for k, v in self._chosen.items()]
         parts += [f"{block}.{k}={v}" for block, values in self.blocks.items() for k, v in values.items()]
         return ", ".join(parts)
 
     def __bool__(self) -> bool:
-        return bool(self.mesh or self.step or self.blocks)
+        return bool(self.mesh or self._chosen or self.blocks)
+
+    @property
+    def _chosen(self) -> dict[str, Any]:
+        """Pinned choices of the step; "priced" widens the search and pins nothing."""
+        return {k: v for k, v in self.step.items() if k != "priced"}
 
 
 def parse_pins(pins: Mapping[str, str], program: Program) -> Pins:

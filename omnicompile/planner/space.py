@@ -22,6 +22,7 @@ from omnicompile.planner.rules import (
     mesh_refusal,
 )
 from omnicompile.program import Program, Recompute
+from omnicompile.support import block_not_executable
 from omnicompile.workload import Workload
 
 
@@ -68,7 +69,13 @@ class Space:
 
     @property
     def offload_optimizer(self) -> list[bool]:
-        return [flag for flag in (False, True) if self.pins.allows_step("offload_optimizer", flag)]
+        flags = (False, True) if self.priced or "offload_optimizer" in self.pins.step else (False,)
+        return [flag for flag in flags if self.pins.allows_step("offload_optimizer", flag)]
+
+    @property
+    def priced(self) -> bool:
+        """Whether choices that cannot be executed yet are considered too (those that are pinned always are)."""
+        return bool(self.pins.step.get("priced", False))
 
     def _points(self) -> list[Point]:
         points = []
@@ -120,7 +127,7 @@ class Space:
             plan = BlockPlan(
                 Sharding.FSDP, layout, sp, ep, recompute, offload, pinned.get("reshard", True), block in self.frozen
             )
-            if not self._pins_allow(block, plan):
+            if not self._pins_allow(block, plan) or not self._considered(block, plan):
                 continue
             if reason := block_refusal(self.program, mesh, block, plan):
                 self._refuse(f"{block} {layout} sp={mesh.sp}", reason)
@@ -135,6 +142,11 @@ class Space:
         if described.kind != "encoder":
             return [Layout.SEQUENCE]
         return [Layout.SEQUENCE, *([Layout.IMAGES] if described.units else []), Layout.REPLICATED]
+
+    def _considered(self, block: str, plan: BlockPlan) -> bool:
+        """False for a plan that cannot be executed yet and that nobody asked for."""
+        pinned = self.pins.blocks.get(block, {})
+        return self.priced or all(key.partition("=")[0] in pinned for key in block_not_executable(plan))
 
     def _pins_allow(self, block: str, plan: BlockPlan) -> bool:
         pinned = {k: v for k, v in self.pins.blocks.get(block, {}).items() if k != "sharding"}

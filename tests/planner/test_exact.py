@@ -14,7 +14,7 @@ def gap(seed: int, limit: int) -> str:
     case = random_case(seed, limit)
     expected = brute_force(case)
     try:
-        result = plan_program(case.program, case.cluster, case.workload, case.pins)
+        result = plan_program(case.program, case.cluster, case.workload, {**case.pins, "priced": "true"})
     except InfeasibleError:
         assert expected is None
         return "infeasible"

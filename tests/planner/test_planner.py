@@ -18,12 +18,18 @@ from omnicompile.plan import BlockPlan, Layout, Mesh, Plan, Prediction, Sharding
 from omnicompile.planner.api import longest_that, plan_program
 from omnicompile.planner.predict import simulate
 from omnicompile.program import Program
+from omnicompile.support import not_executable
 from omnicompile.workload import Workload
+
+
+def asked(pins: dict[str, str]) -> dict[str, str]:
+    """Everything that is priced may be chosen, so that the tests see the whole search."""
+    return {"priced": "true"} | {k.replace("__", "."): v for k, v in pins.items()}
 
 
 def best(program: Program, cluster: Cluster, workload: Workload | None = None, **pins: str) -> Plan:
     load = workload or Workload(seq_len=program.sample.seq_len)
-    return plan_program(program, cluster, load, {k.replace("__", "."): v for k, v in pins.items()}).plans[0]
+    return plan_program(program, cluster, load, asked(pins)).plans[0]
 
 
 def predicted(plan: Plan) -> Prediction:
@@ -193,3 +199,14 @@ def test_simulate_refuses_what_cannot_run() -> None:
 def test_longest_that_fits(limit: int) -> None:
     assert longest_that(lambda n: n <= limit) == limit // 1024 * 1024
     assert longest_that(lambda n: False) is None
+
+
+def test_what_cannot_be_executed_is_chosen_only_when_asked_for() -> None:
+    program, cluster, load = synthetic.vision_language_7b(), Cluster(8), Workload(65536)
+    freely = plan_program(program, cluster, load, {}).plans[0]
+    assert not not_executable(freely)
+    asked_for = plan_program(program, cluster, load, {"text.offload": "true"}).plans[0]
+    assert asked_for.blocks["text"].offload
+    assert any("not executable yet: text: activations in host memory" in note for note in asked_for.notes)
+    widened = plan_program(program, cluster, load, {"priced": "true"}).plans[0]
+    assert predicted(widened).step_seconds <= predicted(freely).step_seconds

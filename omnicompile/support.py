@@ -1,0 +1,31 @@
+"""What the runtime executes today.
+
+The planner can price more. It considers the rest only when asked to, says so in a plan's notes, and the runtime refuses
+such a plan.
+"""
+
+from __future__ import annotations
+
+from omnicompile.plan import BlockPlan, Layout, Plan
+
+
+def not_executable(plan: Plan) -> tuple[str, ...]:
+    """The choices of a plan that `parallelize` cannot execute yet, each with the pin that avoids it."""
+    found = []
+    for name, block in plan.blocks.items():
+        found += [f"{name}: {what} ({name}.{key} avoids it)" for key, what in block_not_executable(block).items()]
+    if plan.offload_optimizer:
+        found.append("optimizer state in host memory (offload_optimizer=false avoids it)")
+    degrees = {"tp": plan.mesh.tp, "cp": plan.mesh.cp, "pp": plan.mesh.pp}
+    found += [f"{axis} (mesh.{axis}=1 avoids it)" for axis, degree in degrees.items() if degree > 1]
+    return tuple(found)
+
+
+def block_not_executable(block: BlockPlan) -> dict[str, str]:
+    """By the pin that avoids it, what of a block's choices cannot be executed yet."""
+    found = {}
+    if block.offload:
+        found["offload=false"] = "activations in host memory"
+    if block.layout is Layout.IMAGES and block.sp > 1:
+        found["layout=sequence"] = "whole images dealt out to ranks"
+    return found
