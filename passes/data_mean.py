@@ -6,18 +6,19 @@ means must be taken over all data ranks before they are multiplied.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
 from torch import fx
 
 from omnicompile.passes import collectives
-from omnicompile.passes.placement import PARTIAL, REPLICATE, Partial, Placement, Replicate
+from omnicompile.passes.placement import PARTIAL, REPLICATE, Partial, Placement, Replicate, Shard
 from omnicompile.passes.propagate import Propagation, operator_name
 from omnicompile.passes.rank_program import RankProgram, axis_size
 from omnicompile.passes.redistribute import Redistributor, cost
 from omnicompile.passes.rules.base import Choice, OpCall
-from omnicompile.plan import Plan
+from omnicompile.plan import Layout, Plan
 
 _ACROSS = "dp_replicate,dp_shard"
 _LOSS = "aten::cross_entropy_loss"
@@ -107,10 +108,12 @@ class DataPropagation(Propagation):
         assert isinstance(self.redistribute, _Averager)
         return self.redistribute.averages
 
-    def _cuts(self, node: fx.Node) -> bool:
-        return True
+    def _layout(self, node: fx.Node) -> Layout:
+        return Layout.SEQUENCE
 
     def _cost(self, node: fx.Node, actual: Placement, target: Placement, nbytes: float) -> float:
+        if isinstance(actual, Shard) and isinstance(target, Shard) and actual != target:
+            return math.inf  # micro-batches are what they are
         return cost(actual, target, nbytes, max(2, self.across))
 
     def _refuse(self, node: fx.Node, whole: bool) -> None:

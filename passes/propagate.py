@@ -23,7 +23,7 @@ from omnicompile.passes.placement import PARTIAL, REPLICATE, Placement, Replicat
 from omnicompile.passes.rank_program import InputSpec, RankProgram, axis_size
 from omnicompile.passes.redistribute import Redistributor, cost
 from omnicompile.passes.rules import RULES
-from omnicompile.passes.rules.base import Choice, OpCall, Rule, node_shape
+from omnicompile.passes.rules.base import RANK, Choice, OpCall, Rule, node_shape
 from omnicompile.passes.rules.pointwise import is_tagged_pointwise, pointwise
 from omnicompile.plan import Layout, Plan
 
@@ -117,6 +117,7 @@ class Propagation:
     actual: dict[fx.Node, Placements] = field(default_factory=dict)
     virtual: dict[fx.Node, Placements] = field(default_factory=dict)
     restores: dict[fx.Node, Placement] = field(default_factory=dict)
+    prepared: dict[tuple[Any, ...], fx.Node] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         graph = self.program.gm.graph
@@ -164,7 +165,10 @@ class Propagation:
             )
 
     def _cuts(self, node: fx.Node) -> bool:
-        return self.program.block_of(node).layout in (Layout.SEQUENCE, Layout.IMAGES)
+        return self._layout(node) in (Layout.SEQUENCE, Layout.IMAGES)
+
+    def _layout(self, node: fx.Node) -> Layout:
+        return self.program.block_of(node).layout
 
     def _getitem(self, node: fx.Node) -> None:
         source, position = node.args
@@ -251,7 +255,8 @@ class Propagation:
 
     def _op_call(self, node: fx.Node, tensors: list[fx.Node]) -> OpCall:
         values = schema_values(node)
-        return OpCall(node, operator_name(node).split("::")[-1], values, {t: self._effective(t) for t in tensors}, self.ranks)
+        placements = {t: self._effective(t) for t in tensors}
+        return OpCall(node, operator_name(node).split("::")[-1], values, placements, self.ranks, self._layout(node))
 
     def _best(self, call: OpCall, choices: list[Choice]) -> tuple[Choice | None, float]:
         """The cheapest choice and how much it goes against virtual cuts; None for running the operator whole."""
@@ -331,6 +336,8 @@ class Propagation:
                 assert not isinstance(required, tuple)
                 values[name] = self._convert(value, required, node, choice.prepare.get(name))
         values.update(choice.args)
+        for name, size in choice.aligned.items():
+            self.program.aligned[call.values[name].name] = size
         _write_arguments(node, values, call.values)
         outputs = choice.outputs
         self._set(node, *outputs)
@@ -367,11 +374,16 @@ class Propagation:
         return new
 
     def _prepared(self, node: fx.Node, function: Callable[..., Any], extra: tuple[Any, ...], user: fx.Node) -> fx.Node:
-        with self.program.gm.graph.inserting_before(user):
-            new = self.program.gm.graph.call_function(function, (node, *extra))
-        new.meta = dict(node.meta)
-        new.meta["val"] = function(node.meta["val"], *extra)
-        return new
+        """`function(node, *extra)`, made once for all users."""
+        key = (node, function, extra)
+        if key not in self.prepared:
+            arguments = [self.redistribute.rank if e is RANK else e for e in extra]
+            with self.program.gm.graph.inserting_before(user):
+                new = self.program.gm.graph.call_function(function, (node, *arguments))
+            new.meta = dict(node.meta)
+            new.meta["val"] = function(*(a.meta["val"] if isinstance(a, fx.Node) else a for a in [node, *arguments]))
+            self.prepared[key] = new
+        return self.prepared[key]
 
     def _scale(self, node: fx.Node, factor: float) -> None:
         graph = self.program.gm.graph

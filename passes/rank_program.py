@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import fx
 
+from omnicompile.errors import InputError
 from omnicompile.passes.placement import Placement
 from omnicompile.plan import BlockPlan, Mesh
 
@@ -83,7 +84,8 @@ class RankProgram:
 
     blocks: by the names in node.meta["block"]. params / inputs: by placeholder name. param_dtype: compute dtype, None for
     the stored one. reduce_dtype: of the gradient reductions. groups: axes strings in use. outputs: placement of every
-    output over sp; the first is the loss and Partial over all data ranks.
+    output over sp; the first is the loss and Partial over all data ranks. aligned: placeholders of segment bounds that must
+    include every multiple of the given size (see `check_alignment`).
     """
 
     gm: fx.GraphModule
@@ -97,6 +99,7 @@ class RankProgram:
     groups: set[str] = field(default_factory=set)
     outputs: tuple[Placement, ...] = ()
     log: list[str] = field(default_factory=list)
+    aligned: dict[str, int] = field(default_factory=dict)
     done: tuple[str, ...] = ()
 
     def group(self, axes: str) -> str:
@@ -129,8 +132,20 @@ class RankProgram:
         module = fx.GraphModule(self.gm, graph)
         return replace(
             self, gm=module, params=dict(self.params), inputs=dict(self.inputs), notes=list(self.notes),
-            groups=set(self.groups), log=list(self.log),
+            groups=set(self.groups), log=list(self.log), aligned=dict(self.aligned),
         )  # fmt: skip
+
+
+def check_alignment(program: RankProgram, values: Mapping[str, torch.Tensor]) -> None:
+    """Whether whole images fall on each rank in this batch (layout "images"). Raises InputError otherwise."""
+    for name, size in program.aligned.items():
+        bounds = set(values[name].tolist())
+        missing = [edge for edge in range(0, max(bounds) + 1, size) if edge not in bounds]
+        if missing:
+            raise InputError(
+                f"layout 'images' deals whole images out to {max(bounds) // size} ranks of {size} patches, but an image lies "
+                f"across patch {missing[0]}: order or pad the images so that one ends there, or use layout 'sequence'"
+            )
 
 
 def _axis_names(axes: str) -> list[str]:

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import math
 
-from torch import Tensor
+from torch import Tensor, fx
 
 from omnicompile.anchors import attention as _attention  # noqa: F401  (defines the operator)
 from omnicompile.errors import LoweringError
 from omnicompile.passes.placement import PARTIAL, REPLICATE, Placement, Shard
-from omnicompile.passes.rules.base import Choice, OpCall, Required, Rule
+from omnicompile.passes.rules.base import RANK, Choice, OpCall, Required, Rule
+from omnicompile.plan import Layout
 
 _HEADS, _SEQUENCE = Shard(1), Shard(2)
 _RAGGED = Shard(0, ragged=True)
@@ -63,8 +64,31 @@ def _batch_cut(call: OpCall, names: tuple[str, str, str], extra: dict[str, Requi
     return [Choice({**{name: Shard(0) for name in names}, **extra}, (Shard(0),) * outputs)]
 
 
+def local_bounds(bounds: Tensor, size: int, rank: Tensor) -> Tensor:
+    """Segment bounds within this rank's `size` positions; segments of other ranks become empty."""
+    return (bounds - rank.to(bounds.dtype) * size).clamp(0, size)
+
+
+def _whole_segments(call: OpCall) -> list[Choice]:
+    """Every rank has whole images (segments): attention needs no communication. Whether the borders between ranks are
+    borders of segments is a property of the batch, checked when it is prepared (`check_alignment`)."""
+    bounds = [call.values["cu_q"], call.values["cu_k"]]
+    if call.layout is not Layout.IMAGES or any(not isinstance(b, fx.Node) or b.op != "placeholder" for b in bounds):
+        return []
+    sizes = {name: call.shape(name)[2] // call.ranks for name in ("q", "k")}
+    if any(not call.fits(call.shape(name), _SEQUENCE) for name in ("q", "k", "v")):
+        return []
+    inputs: dict[str, Required] = {"q": _SEQUENCE, "k": _SEQUENCE, "v": _SEQUENCE}
+    prepare = {"cu_q": (local_bounds, (sizes["q"], RANK)), "cu_k": (local_bounds, (sizes["k"], RANK))}
+    aligned = {"cu_q": sizes["q"], "cu_k": sizes["k"]}
+    return [Choice(inputs, (_SEQUENCE, _SEQUENCE), prepare=prepare, aligned=aligned)]
+
+
 def attention(call: OpCall) -> list[Choice]:
     names = ("q", "k", "v")
+    whole = _whole_segments(call)
+    if whole and not call.has("sinks"):
+        return whole
     sinks: dict[str, Required] = {"sinks": Shard(0)} if call.has("sinks") else {}
     choices = _head_cut(call, names, sinks, 2)
     if not call.has("cu_q"):

@@ -14,6 +14,9 @@ import torch
 from torch import fx
 
 from omnicompile.passes.placement import PARTIAL, REPLICATE, Partial, Placement, Shard, broadcast_dim, divides
+from omnicompile.plan import Layout
+
+RANK = "this rank's number"  # among the arguments of `Choice.prepare`
 
 # One placement per tensor of an argument; a list of tensors has a tuple.
 Required = Placement | tuple[Placement, ...]
@@ -26,7 +29,8 @@ class Choice:
     inputs: by argument name; tensors not named must be Replicate. outputs: of every output (one for a single output; a
     single one for many stands for all). args: arguments to change, to local sizes for instance. restore: bring the output
     to this placement right away. scale: what the (single) output must be multiplied by on each rank. prepare: replaces a
-    tensor argument by a function of it, applied after redistribution.
+    tensor argument by a function of it and the given further arguments (RANK stands for this rank's number) before it is
+    redistributed. aligned: segment bounds that must include the borders between ranks' pieces, of the given size.
     """
 
     inputs: Mapping[str, Required]
@@ -35,18 +39,21 @@ class Choice:
     restore: Placement | None = None
     scale: float = 1.0
     prepare: Mapping[str, tuple[Callable[..., Any], tuple[Any, ...]]] = field(default_factory=dict)
+    aligned: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class OpCall:
     """A call of an operator on one mesh axis of `ranks` ranks. `name`: without namespace. `values`: arguments by name with defaults filled in,
-    tensors as graph nodes. `placements`: what each tensor node has (or could have for nothing, see propagate.py)."""
+    tensors as graph nodes. `placements`: what each tensor node has (or could have for nothing, see propagate.py). `layout`: of
+    the block."""
 
     node: fx.Node
     name: str
     values: Mapping[str, Any]
     placements: Mapping[fx.Node, Placement]
     ranks: int
+    layout: Layout = Layout.SEQUENCE
 
     def placement(self, name: str) -> Placement:
         value = self.values.get(name)
@@ -164,6 +171,6 @@ def is_partial(placement: Placement) -> bool:
 
 
 __all__ = [
-    "PARTIAL", "REPLICATE", "Choice", "OpCall", "Required", "Rule", "aligned", "candidate_shards", "follow", "is_partial",
+    "PARTIAL", "RANK", "REPLICATE", "Choice", "OpCall", "Required", "Rule", "aligned", "candidate_shards", "follow", "is_partial",
     "node_shape", "output_targets", "wrap",
 ]  # fmt: skip
