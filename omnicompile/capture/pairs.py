@@ -59,24 +59,27 @@ def _batched(batch: Expr, q_len: Expr, kv_len: Expr) -> Expr:
 
 
 def _segmented(reader: SizeReader, q_tokens: Expr, cu_q: Tensor, cu_k: Tensor) -> Expr:
-    """Segments that are whole images (or clips) give their sum of squares; smaller ones are windows of fixed size.
+    """As many segments as images (or clips): their sum of squares. More are windows of fixed size, one is everything.
 
     The last window of an image may be smaller: with more windows that counts for ever less, and is left out.
     """
-    q_lens, k_lens = cu_q.diff().tolist(), cu_k.diff().tolist()
-    total = sum(q_lens)
-    if not total:
+    q_lens = [n for n in cu_q.diff().tolist() if n]
+    k_lens = [n for n in cu_k.diff().tolist() if n]
+    if not q_lens or not k_lens:
         return sympy.Integer(0)
-    mean = sympy.Rational(sum(a * b for a, b in zip(q_lens, k_lens)), total)
     for symbol, square in _SQUARES.items():
-        unit = _unit_length(reader, symbol)
-        if symbol in q_tokens.free_symbols and unit and (mean / unit).q <= 16 and (mean / unit).p <= 16:
-            return sympy.cancel(q_tokens / symbol) * (mean / unit) * square
+        if symbol not in q_tokens.free_symbols:
+            continue
+        units = _units(reader, symbol)
+        unit = reader.values[symbol] // units
+        if len(q_lens) == units:
+            return sympy.Rational(sum(a * b for a, b in zip(q_lens, k_lens)), units * unit**2) * square
+        if len(q_lens) == 1:
+            return q_tokens * sympy.Rational(k_lens[0], reader.values[symbol]) * symbol
     return q_tokens * max(k_lens)
 
 
-def _unit_length(reader: SizeReader, symbol: sympy.Symbol) -> int:
-    """Patches of one image, frames of one clip, tokens of the one sample."""
+def _units(reader: SizeReader, symbol: sympy.Symbol) -> int:
+    """Images or clips of the capture; 1 for text, which is one sample."""
     count = {Sym.N: Sym.I, Sym.A: Sym.C}.get(symbol)
-    value = reader.values.get(symbol, 0)
-    return value // max(1, reader.values.get(count, 1)) if count is not None else value
+    return reader.values.get(count, 1) if count is not None else 1

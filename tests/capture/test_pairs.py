@@ -71,3 +71,8 @@ def test_a_last_window_that_is_smaller_reads_as_a_window() -> None:
     cu = torch.tensor([*clips, CLIPS * FRAMES], dtype=torch.int32)
     shape = (1, 20, CLIPS * FRAMES, 64)
     assert attention_pairs(make(), shape, shape, (cu, cu), 0) == 800 * Sym.A
+
+
+def test_one_segment_over_all_images_is_a_product() -> None:
+    shape = (1, 16, IMAGES * PATCHES, 80)
+    assert attention_pairs(make(), shape, shape, bounds(IMAGES * PATCHES, IMAGES * PATCHES), 0) == Sym.N**2
