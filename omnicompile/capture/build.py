@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -259,31 +260,57 @@ def _common_path(paths: list[str]) -> str:
 
 
 def _runs(regions: Regions, repeats: Repeats) -> tuple[Run, ...]:
-    """Executions in order, equal neighbours merged. Layers inside layers come before the rest of the outer one."""
-    by_kind = {r.kind.index: r for r in regions.regions if r.kind is not None}
-    order: list[str] = []
+    """Executions in order, equal neighbours merged. Layers inside layers come before the rest of the outer one.
+
+    A layer runs where its first node stands; what lies between layers too; what lies before or after them where its
+    last node stands, when all its inputs exist.
+    """
+    names = {r.kind.index: r.name for r in regions.regions if r.kind is not None}
+    first, last, started = _places(regions)
 
     def expand(kind: int) -> list[str]:
         inner = [name for call in repeats.calls if call.parent == kind for name in expand(call.kind)]
-        own = [by_kind[kind].name] if kind in by_kind else []
-        return inner + own
+        return inner + ([names[kind]] if kind in names else [])
 
-    emitted: set[str] = set()
+    events: list[tuple[int, list[str]]] = []
     for region in regions.regions:
         if region.kind is None:
-            order.append(region.name)
-        elif region.block not in emitted:
-            emitted.add(region.block)
-            for call in repeats.calls:
-                if call.parent is None and call.kind in by_kind and by_kind[call.kind].block == region.block:
-                    order += expand(call.kind)
+            place = first if region.role == "other" else last
+            events.append((place[region.name], [region.name]))
+    place_now = 0
+    for call in repeats.calls:
+        if call.parent is None:
+            # A traced layer all of whose work is done by layers inside it has no node of its own.
+            place_now = started.get(call.path, place_now)
+            events.append((place_now, expand(call.kind)))
     runs: list[Run] = []
-    for name in order:
+    for name in (name for _, executed in sorted(events, key=lambda e: e[0]) for name in executed):
         if runs and runs[-1].segment == name:
             runs[-1] = Run(name, runs[-1].count + 1)
         else:
             runs.append(Run(name, 1))
     return tuple(runs)
+
+
+def _places(regions: Regions) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
+    """Positions in the graph: of each region's first and last node, and of the first node of each layer by path."""
+    graph = next(iter(regions.of_node)).graph
+    first: dict[str, int] = {}
+    last: dict[str, int] = {}
+    started: dict[str, int] = {}
+    for index, node in enumerate(graph.nodes):
+        region = regions.of_node.get(node)
+        if region is None:
+            continue
+        if is_repeat(node):
+            if node.target is not operator.getitem:
+                started.setdefault(str(node.args[1]), index)
+            continue
+        first.setdefault(region.name, index)
+        last[region.name] = index
+        if region.kind is not None:
+            started.setdefault(region.kind.path, index)
+    return first, last, started
 
 
 def _edges(regions: Regions, reader: SizeReader) -> tuple[Edge, ...]:

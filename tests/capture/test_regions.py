@@ -83,3 +83,23 @@ def test_a_learned_query_after_the_layers_is_part_of_the_head_side() -> None:
     program = program_of(Pooling(), image_and_text())
     names = {p.name for p in program.segment("vision.projector").params}
     assert {"probe", "query.weight", "projector.weight"} <= names
+
+
+def test_what_lies_between_layers_runs_between_them() -> None:
+    class Injected(Seeing):
+        """Features of the image are added again after the first layer."""
+
+        def forward(self, input_ids, pixel_values, labels):
+            image = self.patch(pixel_values)
+            for block in self.blocks:
+                image = block(image)
+            image = self.projector(image)
+            x = self.layers[0](self.embed(input_ids))
+            x = torch.cat((x[:, :PATCHES] + image, x[:, PATCHES:]), dim=1)
+            x = self.layers[2](self.layers[1](x))
+            return nn.functional.cross_entropy(self.head(self.norm(x)).float().flatten(0, 1), labels.flatten())
+
+    program = program_of(Injected(), image_and_text())
+    assert [(r.segment, r.count) for r in program.runs if r.segment.startswith("text")] == [
+        ("text.embed", 1), ("text.layers", 1), ("text.between", 1), ("text.layers", 2), ("text.head", 1),
+    ]  # fmt: skip
