@@ -48,5 +48,6 @@ FORWARD_PASSES: tuple[Pass, ...] = (
 
 
 def lower_forward(program: RankProgram, plan: Plan | None = None) -> RankProgram:
-    """The rewritten forward of one rank; `program` is left as it was. Raises LoweringError for what cannot be lowered."""
+    """The rewritten forward of one rank; `program` is left as it was. Raises LoweringError for what cannot be
+    lowered."""
     return run_passes(program.copy(), FORWARD_PASSES, plan)

@@ -160,7 +160,14 @@ def share(x: Tensor, ranks: int) -> Tensor:
 class _GatherParam(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, shard: Tensor, dim: int, size: int, dtype: torch.dtype, reduce: torch.dtype | None, ranks: int, group: str
+        ctx: Any,
+        shard: Tensor,
+        dim: int,
+        size: int,
+        dtype: torch.dtype,
+        reduce: torch.dtype | None,
+        ranks: int,
+        group: str,
     ) -> Tensor:
         ctx.where = (dim, shard.shape[dim], shard.dtype, reduce, ranks, group)
         whole = _gather(shard.to(dtype), dim, 1, ranks, group)

@@ -1,7 +1,7 @@
 """Means over all tokens of the global batch, where a loss is not just a sum over tokens.
 
-A load-balancing loss multiplies two means over tokens. Each micro-batch's own product is not what the whole batch gives: the
-means must be taken over all data ranks before they are multiplied.
+A load-balancing loss multiplies two means over tokens. Each micro-batch's own product is not what the whole batch
+gives: the means must be taken over all data ranks before they are multiplied.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _LOSS = "aten::cross_entropy_loss"
 def insert_data_mean_pass(program: RankProgram, plan: Plan | None = None) -> RankProgram:
     """Average over data ranks what is a mean over tokens, before anything nonlinear reads it.
 
-    Before: `m = mean(probabilities, 0); aux = m * f; loss = ce / count + aux`. After: `m = data_mean(mean(probabilities, 0));
-    aux = m * f; loss = (ce * n / count + aux) / n`, n data ranks. Sizes of a micro-batch that the model divides by are
-    constants of the graph, so a sum over tokens divided by them is a mean too, and is averaged. Leaves a loss that is a sum
-    of cross-entropies alone.
+    Before: `m = mean(probabilities, 0); aux = m * f; loss = ce / count + aux`. After: `m =
+    data_mean(mean(probabilities, 0)); aux = m * f; loss = (ce * n / count + aux) / n`, n data ranks. Sizes of a
+    micro-batch that the model divides by are constants of the graph, so a sum over tokens divided by them is a mean
+    too, and is averaged. Leaves a loss that is a sum of cross-entropies alone.
     """
     ranks = axis_size(program.mesh, _ACROSS)
     if ranks == 1 or not _has_other_means(program):
@@ -126,7 +126,7 @@ class DataPropagation(Propagation):
         self._set(node, REPLICATE)
 
     def _apply(self, call: OpCall, choice: Choice) -> None:
-        fresh = PARTIAL in choice.outputs and not any(
+        fresh = choice.outputs == (PARTIAL,) and not any(
             isinstance(self.actual[t][0], Partial) for t in self._tensors(call.node)
         )
         if fresh:

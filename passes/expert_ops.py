@@ -1,7 +1,7 @@
 """Expert parallelism at run time: rows travel to the ranks that hold their experts, and back.
 
-Written with plain operators and `_c10d_functional`, so that make_fx and Dynamo trace through them. The number of rows that
-arrive depends on the routing.
+Written with plain operators and `_c10d_functional`, so that make_fx and Dynamo trace through them. The number of rows
+that arrive depends on the routing.
 """
 
 from __future__ import annotations

@@ -23,9 +23,10 @@ def insert_expert_parallel_pass(program: RankProgram, plan: Plan | None = None) 
     """Send rows to the ranks that hold their experts.
 
     Before: `rows, order, counts = expert_dispatch(x, index, E); y = grouped_mm(rows, w, counts); o = expert_combine(y,
-    order, p)`. After: `rows, order, counts, ... = dispatch(x, index, E, ep, group); y = grouped_mm(rows, w[mine], counts); o =
-    combine(y, order, p, ...)`. What lies between works row by row and is left alone. Safe because an expert sees the rows of
-    all ranks of its group, so its gradient is complete over the group, and rows return to the rank that they came from.
+    order, p)`. After: `rows, order, counts, ... = dispatch(x, index, E, ep, group); y = grouped_mm(rows, w[mine],
+    counts); o = combine(y, order, p, ...)`. What lies between works row by row and is left alone. Safe because an
+    expert sees the rows of all ranks of its group, so its gradient is complete over the group, and rows return to the
+    rank that they came from.
     """
     ranks = axis_size(program.mesh, AXIS)
     layers = 0
@@ -45,7 +46,9 @@ def _rewrite_layer(program: RankProgram, node: fx.Node, ranks: int) -> None:
     x, index, experts = node.args
     assert isinstance(experts, int)
     if experts % ranks:
-        raise LoweringError(f"{experts} experts in {module_of(node)} cannot be dealt out over ep={ranks} ranks: choose a divisor")
+        raise LoweringError(
+            f"{experts} experts in {module_of(node)} cannot be dealt out over ep={ranks} ranks: choose a divisor"
+        )
     with graph.inserting_before(node):
         new = graph.call_function(expert_ops.dispatch, (x, index, experts, ranks, group))
     new.meta = {**node.meta, "role": "expert_dispatch"}
@@ -83,7 +86,9 @@ def _deal_out(program: RankProgram, weight: object, user: fx.Node) -> None:
             break
         node = node.args[0]
     if not isinstance(node, fx.Node) or node.name not in program.params:
-        raise LoweringError(f"the expert weights in {module_of(user)} are computed, not a parameter: they cannot be dealt out over ep")
+        raise LoweringError(
+            f"the expert weights in {module_of(user)} are computed, not a parameter: they cannot be dealt out over ep"
+        )
     spec = program.params[node.name]
     shard = ShardSpec(AXIS, 0)
     if shard not in spec.shards:

@@ -16,17 +16,32 @@ from omnicompile.plan import Plan
 
 aten = torch.ops.aten
 _ALWAYS_ALIAS = frozenset(
-    "slice select view transpose t unsqueeze squeeze permute detach alias expand narrow diagonal unfold".split()
+    [
+        "slice",
+        "select",
+        "view",
+        "transpose",
+        "t",
+        "unsqueeze",
+        "squeeze",
+        "permute",
+        "detach",
+        "alias",
+        "expand",
+        "narrow",
+        "diagonal",
+        "unfold",
+    ]
 )
 # Views that may also copy: an alias only where the input is contiguous.
-_MAYBE_ALIAS = frozenset("reshape flatten unflatten contiguous _unsafe_view".split())
+_MAYBE_ALIAS = frozenset(["reshape", "flatten", "unflatten", "contiguous", "_unsafe_view"])
 
 
 def remove_mutation_pass(program: RankProgram, plan: Plan | None = None) -> RankProgram:
     """Write in-place operators out of place.
 
-    Before: `v = x[.., :n]; copy_(v, y); z = f(x)`. After: `v = x[.., :n]; w = expand_as(y, v); x1 = slice_scatter(x, w, ..); z =
-    f(x1)`. Later uses of the tensor, and of views of it, read the new value, as they did before.
+    Before: `v = x[.., :n]; copy_(v, y); z = f(x)`. After: `v = x[.., :n]; w = expand_as(y, v); x1 = slice_scatter(x,
+    w, ..); z = f(x1)`. Later uses of the tensor, and of views of it, read the new value, as they did before.
     """
     removed = 0
     for node in list(program.gm.graph.nodes):
@@ -115,7 +130,9 @@ class _Mutation:
         packet = getattr(aten, name.removesuffix("_"), None)
         overload = self.node.target._overloadname  # type: ignore[union-attr]
         if packet is None or overload not in packet.overloads():
-            raise LoweringError(f"{operator_name(self.node)} in {module_of(self.node)} changes a tensor in place: write it out of place")
+            raise LoweringError(
+                f"{operator_name(self.node)} in {module_of(self.node)} changes a tensor in place: write it out of place"
+            )
         new = self._emit(getattr(packet, overload), args, target)
         new.kwargs = dict(self.node.kwargs)
         return new
@@ -129,7 +146,9 @@ class _Mutation:
             renewed[parent] = new
             target, parent = parent, _parent(parent)
         if target.op != "call_function":
-            raise LoweringError(f"{operator_name(self.node)} in {module_of(self.node)} changes an input or buffer in place")
+            raise LoweringError(
+                f"{operator_name(self.node)} in {module_of(self.node)} changes an input or buffer in place"
+            )
         return target
 
     def _inverse(self, view: fx.Node, parent: fx.Node, new: fx.Node) -> fx.Node:
@@ -145,7 +164,10 @@ class _Mutation:
             return new
         if name in ("view", "unsqueeze", "squeeze", "reshape", "flatten", "unflatten", "_unsafe_view"):
             return self._emit(aten.reshape.default, (new, list(parent.meta["val"].shape)), parent)
-        raise LoweringError(f"{operator_name(self.node)} in {module_of(self.node)} changes a view ({name}) in place: write it out of place")
+        raise LoweringError(
+            f"{operator_name(self.node)} in {module_of(self.node)} changes a view ({name}) in place: "
+            "write it out of place"
+        )
 
     def _renew_views(self, base: fx.Node, renewed: dict[fx.Node, fx.Node]) -> None:
         """Views taken before the change that are read after it, derived again."""

@@ -18,13 +18,15 @@ def normalise_loss_pass(program: RankProgram, plan: Plan | None = None) -> RankP
     """A mean over this rank's targets becomes a sum over the global count, which the runtime feeds.
 
     Before: `l = cross_entropy_loss(logits, labels)`. After: `l = cross_entropy_loss(logits, labels, reduction=sum) /
-    num_targets`. Ranks have different numbers of targets, so the mean of means is not the mean; with the sum, the losses of
-    all ranks and micro-steps add up to the global mean, and so do the gradients.
+    num_targets`. Ranks have different numbers of targets, so the mean of means is not the mean; with the sum, the
+    losses of all ranks and micro-steps add up to the global mean, and so do the gradients.
     """
     means = [n for n in program.gm.graph.nodes if _is_mean(n)]
     for node in means:
         if schema_values(node)["weight"] is not None:
-            raise LoweringError(f"a class-weighted mean loss in {module_of(node)} is not supported: use reduction='sum'")
+            raise LoweringError(
+                f"a class-weighted mean loss in {module_of(node)} is not supported: use reduction='sum'"
+            )
         _rewrite(program, node, _count_input(program))
     program.gm.graph.lint()
     program.gm.recompile()

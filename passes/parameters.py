@@ -20,11 +20,11 @@ _REST = {Sharding.FSDP: DATA_AXES, Sharding.HSDP: _WITHIN}
 def shard_parameters_pass(program: RankProgram, plan: Plan | None = None) -> RankProgram:
     """FSDP and HSDP.
 
-    Before: `y = linear(x, w)`. After: `y = linear(x, gather_param(w_shard))`, the gather's backward being a reduce-scatter
-    over the same ranks: every rank's gradient of the whole parameter is Partial over all data ranks, as every rank sees its
-    own tokens. HSDP shards over dp_shard x sp and leaves the sum over dp_replicate to the runtime (`reduce_axes`), to be done
-    on the last micro-step. Whole parameters leave the sum over all data ranks to it. A tied parameter is stored once and
-    gathered for each use. Frozen parameters are gathered alike; no gradient flows.
+    Before: `y = linear(x, w)`. After: `y = linear(x, gather_param(w_shard))`, the gather's backward being a
+    reduce-scatter over the same ranks: every rank's gradient of the whole parameter is Partial over all data ranks, as
+    every rank sees its own tokens. HSDP shards over dp_shard x sp and leaves the sum over dp_replicate to the runtime
+    (`reduce_axes`), to be done on the last micro-step. Whole parameters leave the sum over all data ranks to it. A
+    tied parameter is stored once and gathered for each use. Frozen parameters are gathered alike; no gradient flows.
     """
     gathers = 0
     for node in list(program.gm.graph.find_nodes(op="placeholder")):
@@ -40,7 +40,10 @@ def _sharding(program: RankProgram, node: fx.Node) -> Sharding:
     found = {program.block_of(user).sharding for user in node.users} or {program.main_block().sharding}
     if len(found) > 1:
         name = program.params[node.name].name
-        raise LoweringError(f"parameter {name} is shared by blocks with different sharding ({', '.join(sorted(found))}): give them the same")
+        raise LoweringError(
+            f"parameter {name} is shared by blocks with different sharding ({', '.join(sorted(found))}): "
+            "give them the same"
+        )
     return found.pop()
 
 

@@ -1,7 +1,7 @@
 """How a tensor lies over the ranks of one mesh axis.
 
-The gradient convention (see docs/passes.md): the cotangent of a Replicate tensor is Partial, of a Partial one Replicate,
-of a Shard the same Shard.
+The gradient convention (see docs/passes.md): the cotangent of a Replicate tensor is Partial, of a Partial one
+Replicate, of a Shard the same Shard.
 """
 
 from __future__ import annotations
@@ -61,10 +61,11 @@ def local_shape(shape: Sequence[int], placement: Placement, ranks: int) -> tuple
 
 
 def through_view(source: Sequence[int], target: Sequence[int], shard: Shard, ranks: int) -> Shard | None:
-    """Where the cut lies after a row-major view of `source` as `target`; None if the view does not keep it in one place.
+    """Where the cut lies after a row-major view of `source` as `target`; None if the view does not keep it in one
+    place.
 
-    The cut factor of the linear index starts after prod(source[:dim]) * outer positions; the same number must be the start
-    of a factor of the target that is divisible by `ranks`.
+    The cut factor of the linear index starts after prod(source[:dim]) * outer positions; the same number must be the
+    start of a factor of the target that is divisible by `ranks`.
     """
     if not divides(source, shard, ranks):
         return None

@@ -1,9 +1,10 @@
 """Decides where every tensor lies over the `sp` ranks, and puts in the redistributions that this takes.
 
-Inputs are whole on every rank (Replicate), and cutting a whole tensor is free. So a whole tensor may carry a *virtual* cut:
-the one it would have if the inputs had been cut along their tokens. Integer metadata stays whole and only passes the virtual
-cut on; the first floating-point tensor made from it (a token embedding, patches) is cut for real, in blocks whose layout
-asks for it. Every operator then takes, of the choices its rule lists, the one with the least communication.
+Inputs are whole on every rank (Replicate), and cutting a whole tensor is free. So a whole tensor may carry a *virtual*
+cut: the one it would have if the inputs had been cut along their tokens. Integer metadata stays whole and only passes
+the virtual cut on; the first floating-point tensor made from it (a token embedding, patches) is cut for real, in
+blocks whose layout asks for it. Every operator then takes, of the choices its rule lists, the one with the least
+communication.
 """
 
 from __future__ import annotations
@@ -245,8 +246,8 @@ class Propagation:
     def _refuse(self, node: fx.Node, whole: bool) -> None:
         if is_random(node):
             raise LoweringError(
-                f"{operator_name(node)} in {module_of(node)} draws random numbers, which sp={self.ranks} ranks would draw "
-                "differently: set the dropout probability to 0"
+                f"{operator_name(node)} in {module_of(node)} draws random numbers, which sp={self.ranks} ranks "
+                "would draw differently: set the dropout probability to 0"
             )
         if is_mutating(node) and not whole:
             raise LoweringError(
@@ -308,10 +309,13 @@ class Propagation:
         """An operator without a rule: whole inputs, and its result cut again like the input of the same shape."""
         if is_data_dependent(node) and not whole:
             raise LoweringError(
-                f"{operator_name(node)} in {module_of(node)} has a result whose size depends on the data, and no placement rule"
+                f"{operator_name(node)} in {module_of(node)} has a result whose size depends on the data, "
+                "and no placement rule"
             )
         if not whole:
-            self.program.notes.append(f"{operator_name(node)} in {module_of(node)} has no placement rule: runs whole on every rank")
+            self.program.notes.append(
+                f"{operator_name(node)} in {module_of(node)} has no placement rule: runs whole on every rank"
+            )
         self._whole_and_back(node)
 
     def _whole_and_back(self, node: fx.Node) -> None:
@@ -360,7 +364,11 @@ class Propagation:
         return items
 
     def _convert(
-        self, node: fx.Node, target: Placement, user: fx.Node, prepare: tuple[Callable[..., Any], tuple[Any, ...]] | None
+        self,
+        node: fx.Node,
+        target: Placement,
+        user: fx.Node,
+        prepare: tuple[Callable[..., Any], tuple[Any, ...]] | None,
     ) -> fx.Node:
         (source,) = self.actual[node]
         if prepare is not None:

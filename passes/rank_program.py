@@ -1,7 +1,8 @@
 """What the passes work on: the forward graph of one rank, with what its placeholders mean.
 
-Groups of ranks are named by axes strings, resolved late: "sp"; "dp_shard,sp"; "dp_replicate,dp_shard,sp"; "dp_replicate";
-"ep" (consecutive ranks); "ep_rest" (the dp_shard * sp / ep ranks that hold the same experts); "dp_replicate,ep_rest".
+Groups of ranks are named by axes strings, resolved late: "sp"; "dp_shard,sp"; "dp_replicate,dp_shard,sp";
+"dp_replicate"; "ep" (consecutive ranks); "ep_rest" (the dp_shard * sp / ep ranks that hold the same experts);
+"dp_replicate,ep_rest".
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ DATA_AXES = "dp_replicate,dp_shard,sp"
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """Stored as this rank's chunk, of ceil(size / ranks) along `dim`, zero-padded so that all ranks hold equal shapes."""
+    """Stored as this rank's chunk, of ceil(size / ranks) along `dim`, zero-padded so that all ranks hold equal
+    shapes."""
 
     axes: str
     dim: int
@@ -32,8 +34,9 @@ class ShardSpec:
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """A parameter placeholder. `shape` is the whole parameter's. After lowering the placeholder takes the stored shard:
-    `shards` are applied in order; the gradient must still be summed over each group in `reduce_axes` after the backward."""
+    """A parameter placeholder. `shape` is the whole parameter's. After lowering the placeholder takes the stored
+    shard: `shards` are applied in order; the gradient must still be summed over each group in `reduce_axes` after the
+    backward."""
 
     name: str
     shape: tuple[int, ...]
@@ -68,9 +71,10 @@ class ParamSpec:
 class InputSpec:
     """A placeholder that is no parameter.
 
-    kind: "input" (a float tensor of the batch), "host" (metadata made on the host), "buffer" (of the model), "constant", "count"
-    (number of target tokens over all ranks and micro-steps, 0-d float32) or "rank" (this rank's coordinate in the group
-    `name`, 0-d int64). token_dim: the dimension that runs along the tokens or patches of its block, where cutting starts.
+    kind: "input" (a float tensor of the batch), "host" (metadata made on the host), "buffer" (of the model),
+    "constant", "count" (number of target tokens over all ranks and micro-steps, 0-d float32) or "rank" (this rank's
+    coordinate in the group `name`, 0-d int64). token_dim: the dimension that runs along the tokens or patches of its
+    block, where cutting starts.
     """
 
     name: str
@@ -82,10 +86,10 @@ class InputSpec:
 class RankProgram:
     """The forward graph of one rank. Before lowering: every placeholder whole, shapes of one SP group's micro-batch.
 
-    blocks: by the names in node.meta["block"]. params / inputs: by placeholder name. param_dtype: compute dtype, None for
-    the stored one. reduce_dtype: of the gradient reductions. groups: axes strings in use. outputs: placement of every
-    output over sp; the first is the loss and Partial over all data ranks. aligned: placeholders of segment bounds that must
-    include every multiple of the given size (see `check_alignment`).
+    blocks: by the names in node.meta["block"]. params / inputs: by placeholder name. param_dtype: compute dtype, None
+    for the stored one. reduce_dtype: of the gradient reductions. groups: axes strings in use. outputs: placement of
+    every output over sp; the first is the loss and Partial over all data ranks. aligned: placeholders of segment
+    bounds that must include every multiple of the given size (see `check_alignment`).
     """
 
     gm: fx.GraphModule
@@ -143,8 +147,9 @@ def check_alignment(program: RankProgram, values: Mapping[str, torch.Tensor]) ->
         missing = [edge for edge in range(0, max(bounds) + 1, size) if edge not in bounds]
         if missing:
             raise InputError(
-                f"layout 'images' deals whole images out to {max(bounds) // size} ranks of {size} patches, but an image lies "
-                f"across patch {missing[0]}: order or pad the images so that one ends there, or use layout 'sequence'"
+                f"layout 'images' deals whole images out to {max(bounds) // size} ranks of {size} patches, but an "
+                f"image lies across patch {missing[0]}: "
+                "order or pad the images so that one ends there, or use layout 'sequence'"
             )
 
 
@@ -204,7 +209,8 @@ def group_ranks(mesh: Mesh, axes: str, rank: int) -> tuple[int, ...]:
 
 
 def bind_groups(gm: fx.GraphModule, names: Mapping[str, str]) -> fx.GraphModule:
-    """Put real process group names in the place of axes strings, in place. Raises KeyError for a group without a name."""
+    """Put real process group names in the place of axes strings, in place. Raises KeyError for a group without a
+    name."""
 
     def bound(value: object) -> object:
         if isinstance(value, str) and value.startswith(GROUP_PREFIX):

@@ -78,7 +78,9 @@ class Redistributor:
 
     def _cut(self, shard: Shard) -> tuple[int, int, int, str]:
         if shard.ragged:
-            raise LoweringError("rows of an expert layer are read outside the layer: their order differs from rank to rank")
+            raise LoweringError(
+                "rows of an expert layer are read outside the layer: their order differs from rank to rank"
+            )
         return shard.dim, shard.outer, self.ranks, self.group
 
     def _emit(self, node: fx.Node, role: str, function: object, *args: object) -> fx.Node:

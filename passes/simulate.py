@@ -67,15 +67,19 @@ def whole_gradient(program: RankProgram, name: str, grad: Tensor) -> Tensor:
         shapes.append(replace(spec, shape=shapes[-1], shards=(shard,)).local_shape(mesh))
     for shard, shape in zip(reversed(spec.shards), reversed(shapes[:-1])):
         parts = [
-            torch.cat([parts[o] for o in group_ranks(mesh, shard.axes, r)], shard.dim).narrow(shard.dim, 0, shape[shard.dim])
+            torch.cat([parts[o] for o in group_ranks(mesh, shard.axes, r)], shard.dim).narrow(
+                shard.dim, 0, shape[shard.dim]
+            )
             for r in range(mesh.world)
         ]
     return parts[0]
 
 
-def run_ranks(program: RankProgram, whole: WholeValue) -> tuple[list[float], dict[str, Tensor], Mapping[str, list[Tensor]]]:
-    """Forward and backward on all ranks: every rank's loss, whole gradients by parameter name, and what every node held on
-    every rank (floating-point tensors only)."""
+def run_ranks(
+    program: RankProgram, whole: WholeValue
+) -> tuple[list[float], dict[str, Tensor], Mapping[str, list[Tensor]]]:
+    """Forward and backward on all ranks: every rank's loss, whole gradients by parameter name, and what every node
+    held on every rank (floating-point tensors only)."""
     bound = bound_to_fake_groups(program)
     with local_ranks_mode(program.mesh.world):
         values = rank_values(bound, whole)

@@ -1,9 +1,9 @@
 """Checks a lowered forward without the placement rules: by what its values are.
 
-The lowered graph runs on all ranks and the captured one on one, on the same numbers. Every node that both have must hold, over
-the ranks of an SP group, the whole value, pieces of it along one dimension, or summands of it; the first that does not is
-named. The loss must be the sum over ranks, and every gradient, after the reductions that the program declares, the
-captured graph's. All ranks run one graph, so that the order of collectives is the same on all of them.
+The lowered graph runs on all ranks and the captured one on one, on the same numbers. Every node that both have must
+hold, over the ranks of an SP group, the whole value, pieces of it along one dimension, or summands of it; the first
+that does not is named. The loss must be the sum over ranks, and every gradient, after the reductions that the program
+declares, the captured graph's. All ranks run one graph, so that the order of collectives is the same on all of them.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from omnicompile.passes.simulate import Recorder, run_ranks
 
 @dataclass(frozen=True)
 class Report:
-    """nodes: how many were compared. loss_error: relative. gradient_errors: by parameter, ||difference|| / max(||g||, 1e-6 *
-    global gradient norm)."""
+    """nodes: how many were compared. loss_error: relative. gradient_errors: by parameter, ||difference|| / max(||g||,
+    1e-6 * global gradient norm)."""
 
     nodes: int
     loss_error: float
@@ -36,8 +36,8 @@ class Report:
 
 
 def check_gradient_axes(program: RankProgram) -> None:
-    """Every trained parameter's gradient is summed over every data axis once: by the backward of its gather, by the runtime
-    (`reduce_axes`), or because expert rows of the group all met there. Raises VerificationError otherwise."""
+    """Every trained parameter's gradient is summed over every data axis once: by the backward of its gather, by the
+    runtime (`reduce_axes`), or because expert rows of the group all met there. Raises VerificationError otherwise."""
     wanted = {axis for axis in DATA_AXES.split(",") if axis_size(program.mesh, axis) > 1}
     for node in program.gm.graph.find_nodes(op="placeholder"):
         spec = program.params.get(node.name)
@@ -65,7 +65,9 @@ def _summed_axes(program: RankProgram, node: fx.Node, spec: ParamSpec) -> list[s
     stored = {shard.axes for shard in spec.shards if shard.axes != "ep"}
     over = {str(group).removeprefix(GROUP_PREFIX) for group in gathers}
     if stored != over:
-        raise VerificationError(f"{spec.name} is stored in pieces over {sorted(stored)} but gathered over {sorted(over)}")
+        raise VerificationError(
+            f"{spec.name} is stored in pieces over {sorted(stored)} but gathered over {sorted(over)}"
+        )
     return axes + sorted(over)
 
 
@@ -74,14 +76,14 @@ def verify_lowering(
 ) -> Report:
     """Compare `lowered` with `original`, from which it was made, on `values` (whole, by placeholder of the original).
 
-    Every data rank gets the same micro-batch, of `targets` target tokens. Raises VerificationError naming the first node,
-    the loss or the gradient that differs by more than `tolerance` (relative).
+    Every data rank gets the same micro-batch, of `targets` target tokens. Raises VerificationError naming the first
+    node, the loss or the gradient that differs by more than `tolerance` (relative).
     """
     check_gradient_axes(lowered)
     loss, want_grads, want = _run_whole(original, values)
     count = torch.tensor(float(targets * lowered.mesh.data_ranks))
     try:
-        losses, got_grads, held = run_ranks(lowered, lambda name, _: values[name] if name in values else count)
+        losses, got_grads, held = run_ranks(lowered, lambda name, _: values.get(name, count))
     except (RuntimeError, AssertionError, IndexError, ValueError) as error:
         raise VerificationError(f"the lowered forward does not run: {str(error).splitlines()[0]}") from error
     nodes = _check_nodes(original, lowered, want, held, tolerance)
@@ -92,11 +94,15 @@ def verify_lowering(
     report = Report(nodes, loss_error, errors)
     name, worst = report.worst
     if worst > tolerance:
-        raise VerificationError(f"the gradient of {name} is off by {worst:.1e} (relative): a reduction is missing, doubled or scaled")
+        raise VerificationError(
+            f"the gradient of {name} is off by {worst:.1e} (relative): a reduction is missing, doubled or scaled"
+        )
     return report
 
 
-def _run_whole(program: RankProgram, values: Mapping[str, Tensor]) -> tuple[float, dict[str, Tensor], dict[str, Tensor]]:
+def _run_whole(
+    program: RankProgram, values: Mapping[str, Tensor]
+) -> tuple[float, dict[str, Tensor], dict[str, Tensor]]:
     """Loss, gradients by parameter name, and what every node held."""
     recorder = Recorder(program.copy().gm)
     inputs: dict[str, Tensor] = {}
@@ -128,7 +134,11 @@ def _own_order(graph: fx.Graph) -> set[fx.Node]:
 
 
 def _check_nodes(
-    original: RankProgram, lowered: RankProgram, want: Mapping[str, Tensor], held: Mapping[str, list[Tensor]], tolerance: float
+    original: RankProgram,
+    lowered: RankProgram,
+    want: Mapping[str, Tensor],
+    held: Mapping[str, list[Tensor]],
+    tolerance: float,
 ) -> int:
     skipped = {node.name for node in _own_order(lowered.gm.graph)}
     checked = 0
@@ -144,8 +154,8 @@ def _check_nodes(
             if not relation(want[name], pieces, tolerance):
                 shapes = ", ".join(str(tuple(p.shape)) for p in pieces[:2])
                 raise VerificationError(
-                    f"{name} in {module_of(node)}: the ranks hold neither the whole value, nor pieces of it, nor summands "
-                    f"(whole {tuple(want[name].shape)}; on ranks {shapes})"
+                    f"{name} in {module_of(node)}: the ranks hold neither the whole value, nor pieces of it, nor "
+                    f"summands (whole {tuple(want[name].shape)}; on ranks {shapes})"
                 )
     return checked
 

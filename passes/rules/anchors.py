@@ -1,8 +1,9 @@
 """Attention and experts.
 
-Attention needs whole sequences: with the sequence cut, queries, keys and values are re-cut along heads by an all-to-all,
-and the output is cut along the sequence again (Ulysses). cu_seqlens stay valid, since every rank then sees the whole
-sequence for its heads. Key and value heads are repeated up to a multiple of the number of ranks where they do not divide.
+Attention needs whole sequences: with the sequence cut, queries, keys and values are re-cut along heads by an
+all-to-all, and the output is cut along the sequence again (Ulysses). cu_seqlens stay valid, since every rank then sees
+the whole sequence for its heads. Key and value heads are repeated up to a multiple of the number of ranks where they
+do not divide.
 
 The rows of an expert layer are `ragged`: each rank's own rows in its own order.
 """
@@ -153,4 +154,3 @@ RULES: dict[str, Rule] = {
     "omnicompile::expert_bias": expert_bias,
     "omnicompile::expert_combine": combine,
 }
-

@@ -1,7 +1,7 @@
 """What a rule sees (an operator call with the placements of its tensors) and what it answers (possible choices).
 
-A rule lists ways to run the operator on each rank's pieces. Running it whole everywhere (all inputs Replicate) is always
-added by the engine, which takes the choice that needs the least communication.
+A rule lists ways to run the operator on each rank's pieces. Running it whole everywhere (all inputs Replicate) is
+always added by the engine, which takes the choice that needs the least communication.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ class Choice:
     """One way to run an operator.
 
     inputs: by argument name; tensors not named must be Replicate. outputs: of every output (one for a single output; a
-    single one for many stands for all). args: arguments to change, to local sizes for instance. restore: bring the output
-    to this placement right away. scale: what the (single) output must be multiplied by on each rank. prepare: replaces a
-    tensor argument by a function of it and the given further arguments (RANK stands for this rank's number) before it is
-    redistributed. aligned: segment bounds that must include the borders between ranks' pieces, of the given size.
+    single one for many stands for all). args: arguments to change, to local sizes for instance. restore: bring the
+    output to this placement right away. scale: what the (single) output must be multiplied by on each rank. prepare:
+    replaces a tensor argument by a function of it and the given further arguments (RANK stands for this rank's number)
+    before it is redistributed. aligned: segment bounds that must include the borders between ranks' pieces, of the
+    given size.
     """
 
     inputs: Mapping[str, Required]
@@ -44,9 +45,9 @@ class Choice:
 
 @dataclass(frozen=True)
 class OpCall:
-    """A call of an operator on one mesh axis of `ranks` ranks. `name`: without namespace. `values`: arguments by name with defaults filled in,
-    tensors as graph nodes. `placements`: what each tensor node has (or could have for nothing, see propagate.py). `layout`: of
-    the block."""
+    """A call of an operator on one mesh axis of `ranks` ranks. `name`: without namespace. `values`: arguments by name
+    with defaults filled in, tensors as graph nodes. `placements`: what each tensor node has (or could have for
+    nothing, see propagate.py). `layout`: of the block."""
 
     node: fx.Node
     name: str
@@ -104,7 +105,8 @@ def wrap(dim: int, ndim: int) -> int:
 
 
 def follow(name: str, *, batch_dims: Callable[[OpCall], set[int]]) -> Rule:
-    """A rule for operators with one tensor that keep the cut of any dimension in `batch_dims` (shape-preserving there)."""
+    """A rule for operators with one tensor that keep the cut of any dimension in `batch_dims` (shape-preserving
+    there)."""
 
     def rule(call: OpCall) -> list[Choice]:
         allowed = batch_dims(call)
@@ -171,6 +173,6 @@ def is_partial(placement: Placement) -> bool:
 
 
 __all__ = [
-    "PARTIAL", "RANK", "REPLICATE", "Choice", "OpCall", "Required", "Rule", "aligned", "candidate_shards", "follow", "is_partial",
-    "node_shape", "output_targets", "wrap",
+    "PARTIAL", "RANK", "REPLICATE", "Choice", "OpCall", "Required", "Rule", "aligned", "candidate_shards", "follow",
+    "is_partial", "node_shape", "output_targets", "wrap",
 ]  # fmt: skip

@@ -1,5 +1,6 @@
-"""Reading and writing by index. A dimension that is not indexed may be cut; if the cut one is indexed, the tensor is cut
-along another dimension for the operator and brought back after it (sequence-cut -> hidden-cut -> scatter -> back)."""
+"""Reading and writing by index. A dimension that is not indexed may be cut; if the cut one is indexed, the tensor is
+cut along another dimension for the operator and brought back after it (sequence-cut -> hidden-cut -> scatter ->
+back)."""
 
 from __future__ import annotations
 
@@ -140,7 +141,7 @@ def scatter(call: OpCall) -> list[Choice]:
     for anchor in ("self", *names):
         for shard in candidate_shards(call, anchor):
             if shard.dim != dim and _same_size(call, names, shard.dim):
-                choices.append(Choice({"self": shard, **{n: shard for n in names}}, (shard,)))
+                choices.append(Choice({"self": shard, **dict.fromkeys(names, shard)}, (shard,)))
     return choices
 
 
@@ -155,7 +156,8 @@ def index_add(call: OpCall) -> list[Choice]:
 
 
 def slice_scatter(call: OpCall) -> list[Choice]:
-    """A slice (or one index, for select_scatter) of `self` replaced by `src`: along dimensions other than the sliced one."""
+    """A slice (or one index, for select_scatter) of `self` replaced by `src`: along dimensions other than the sliced
+    one."""
     dim = wrap(call.values["dim"], len(call.out))
     choices = []
     for anchor in ("self", "src"):
@@ -167,7 +169,9 @@ def slice_scatter(call: OpCall) -> list[Choice]:
     return choices
 
 
-_TRANSPARENT = frozenset({"aten::to", "aten::_to_copy", "aten::alias", "aten::clone", "aten::contiguous", "aten::detach"})
+_TRANSPARENT = frozenset(
+    {"aten::to", "aten::_to_copy", "aten::alias", "aten::clone", "aten::contiguous", "aten::detach"}
+)
 
 
 def _constant_along_last(value: object) -> bool:
@@ -185,8 +189,8 @@ def _constant_along_last(value: object) -> bool:
 
 
 def masked_scatter(call: OpCall) -> list[Choice]:
-    """Rows of `source` go to the rows of `self` that the mask names, in order: with the hidden dimension cut everywhere,
-    each rank scatters its own columns."""
+    """Rows of `source` go to the rows of `self` that the mask names, in order: with the hidden dimension cut
+    everywhere, each rank scatters its own columns."""
     shape, source, mask = call.out, call.shape("source"), call.shape("mask")
     last = len(shape) - 1
     rows = mask[-1] == 1 or _constant_along_last(call.values["mask"])

@@ -8,9 +8,7 @@ from omnicompile.passes.rules.base import Choice, OpCall, Rule, candidate_shards
 
 def linear(call: OpCall) -> list[Choice]:
     last = len(call.shape("input")) - 1
-    choices = [
-        Choice({"input": shard}, (shard,)) for shard in candidate_shards(call, "input") if shard.dim != last
-    ]
+    choices = [Choice({"input": shard}, (shard,)) for shard in candidate_shards(call, "input") if shard.dim != last]
     if is_partial(call.placement("input")) and not call.has("bias"):
         choices.append(Choice({"input": PARTIAL}, (PARTIAL,)))
     return choices
@@ -98,9 +96,7 @@ def einsum(call: OpCall) -> list[Choice]:
     for letter, shard in letters.items():
         if any(term.count(letter) > 1 for term in terms):
             continue
-        required = tuple(
-            Shard(term.index(letter), shard.outer) if letter in term else REPLICATE for term in terms
-        )
+        required = tuple(Shard(term.index(letter), shard.outer) if letter in term else REPLICATE for term in terms)
         if letter in output:
             target = Shard(output.index(letter), shard.outer)
             if call.fits(call.out, target):

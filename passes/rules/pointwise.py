@@ -19,21 +19,23 @@ from omnicompile.passes.rules.base import (
 
 # Element-wise, but not tagged so in torch: conversions, copies and composites of element-wise operators.
 _UNTAGGED = (
-    "to _to_copy alias detach clone contiguous lift_fresh_copy type_as float half bfloat16 double int long "
-    "masked_fill where dropout feature_dropout silu gelu relu6 leaky_relu softplus mish hardswish glu_ "
-    "zeros_like ones_like full_like empty_like rand_like_ square "
-    "sigmoid tanh relu exp log sin cos rsqrt sqrt pow abs neg reciprocal clamp clamp_min clamp_max isnan isinf "
-    "nan_to_num logical_not logical_and logical_or eq ne lt le gt ge minimum maximum "
-    "add sub mul div rsub true_divide floor_divide remainder lerp addcmul addcdiv __and__ __or__ masked_fill_ "
-    "bitwise_and bitwise_or bitwise_not expand_as alias_copy sign isfinite log1p expm1 erf round floor ceil "
-    "log_sigmoid elu selu celu hardsigmoid hardtanh logit xor bitwise_xor __xor__ prelu_ "
-    "_assert_tensor_metadata copy erfinv lift_fresh conj real"
-).split()
+    "to", "_to_copy", "alias", "detach", "clone", "contiguous", "lift_fresh_copy", "type_as", "float", "half",
+    "bfloat16", "double", "int", "long", "masked_fill", "where", "dropout", "feature_dropout", "silu", "gelu",
+    "relu6", "leaky_relu", "softplus", "mish", "hardswish", "zeros_like", "ones_like", "full_like", "empty_like",
+    "square", "sigmoid", "tanh", "relu", "exp", "log", "sin", "cos", "rsqrt", "sqrt", "pow", "abs", "neg",
+    "reciprocal", "clamp", "clamp_min", "clamp_max", "isnan", "isinf", "nan_to_num", "logical_not", "logical_and",
+    "logical_or", "eq", "ne", "lt", "le", "gt", "ge", "minimum", "maximum", "add", "sub", "mul", "div", "rsub",
+    "true_divide", "floor_divide", "remainder", "lerp", "addcmul", "addcdiv", "__and__", "__or__", "bitwise_and",
+    "bitwise_or", "bitwise_not", "expand_as", "alias_copy", "sign", "isfinite", "log1p", "expm1", "erf", "round",
+    "floor", "ceil", "log_sigmoid", "elu", "selu", "celu", "hardsigmoid", "hardtanh", "logit", "xor", "bitwise_xor",
+    "__xor__", "_assert_tensor_metadata", "copy", "erfinv", "lift_fresh", "conj", "real",
+)  # fmt: skip
 
 # Linear in its first tensor argument alone (the others must be Replicate).
-_LINEAR_ONE = frozenset(
-    "to _to_copy alias detach clone contiguous type_as float half bfloat16 double neg mul div true_divide".split()
-)
+_LINEAR_ONE = frozenset({
+    "to", "_to_copy", "alias", "detach", "clone", "contiguous", "type_as", "float", "half", "bfloat16", "double",
+    "neg", "mul", "div", "true_divide",
+})  # fmt: skip
 
 
 def pointwise(call: OpCall) -> list[Choice]:
@@ -90,7 +92,7 @@ def creation(call: OpCall) -> list[Choice]:
 
 
 RULES: dict[str, Rule] = {
-    **{f"aten::{name}": pointwise for name in _UNTAGGED if not name.endswith("_")},
+    **{f"aten::{name}": pointwise for name in _UNTAGGED},
     "aten::dropout": dropout,
     "aten::cat": cat,
     "aten::concat": cat,

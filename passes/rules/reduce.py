@@ -8,6 +8,13 @@ from omnicompile.passes.placement import PARTIAL, Shard
 from omnicompile.passes.rules.base import Choice, OpCall, Rule, candidate_shards, is_partial, wrap
 
 _NONE, _MEAN, _SUM = 0, 1, 2  # aten's codes of `reduction`
+_REDUCTIONS = (
+    "sum", "mean", "amax", "amin", "max", "min", "var", "std", "argmax", "argmin", "all", "any", "prod", "logsumexp",
+    "norm", "linalg_vector_norm",
+)  # fmt: skip
+_POINTWISE_LOSSES = (
+    "mse_loss", "l1_loss", "smooth_l1_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits",
+)  # fmt: skip
 
 
 def _dims(call: OpCall, ndim: int) -> set[int]:
@@ -40,8 +47,8 @@ def reduction(call: OpCall) -> list[Choice]:
 
 
 def cross_entropy(call: OpCall) -> list[Choice]:
-    """Classes (dimension 1, or 0 of a single sample) are never cut. A sum is Partial; the mean is not the mean of means,
-    since ranks have different numbers of targets: the loss pass turns it into a sum first."""
+    """Classes (dimension 1, or 0 of a single sample) are never cut. A sum is Partial; the mean is not the mean of
+    means, since ranks have different numbers of targets: the loss pass turns it into a sum first."""
     shape, target = call.shape("self"), call.shape("target")
     reduced = call.values["reduction"]
     if len(shape) < 2 or len(target) == len(shape):
@@ -66,7 +73,7 @@ def pointwise_loss(call: OpCall) -> list[Choice]:
         return []
     choices = []
     for shard in candidate_shards(call, "self"):
-        inputs = {name: shard for name in names}
+        inputs = dict.fromkeys(names, shard)
         if reduced == _NONE:
             choices.append(Choice(inputs, (shard,)))
         elif not shard.ragged:
@@ -84,13 +91,7 @@ def histogram(call: OpCall) -> list[Choice]:
 
 RULES: dict[str, Rule] = {
     "aten::histc": histogram,
-    **{
-        f"aten::{name}": reduction
-        for name in "sum mean amax amin max min var std argmax argmin all any prod logsumexp norm linalg_vector_norm".split()
-    },
+    **{f"aten::{name}": reduction for name in _REDUCTIONS},
     "aten::cross_entropy_loss": cross_entropy,
-    **{
-        f"aten::{name}": pointwise_loss
-        for name in "mse_loss l1_loss smooth_l1_loss binary_cross_entropy_with_logits binary_cross_entropy".split()
-    },
+    **{f"aten::{name}": pointwise_loss for name in _POINTWISE_LOSSES},
 }

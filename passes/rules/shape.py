@@ -7,6 +7,11 @@ from typing import Any
 from omnicompile.passes.placement import Shard
 from omnicompile.passes.rules.base import Choice, OpCall, Rule, candidate_shards, wrap
 
+_ALONG_DIM = (
+    "softmax", "_softmax", "log_softmax", "_log_softmax", "topk", "sort", "argsort", "cumsum", "cumprod",
+    "logcumsumexp", "glu",
+)  # fmt: skip
+
 
 def along(name: str, tensor: str = "self") -> Rule:
     """The dimension(s) given by argument `name` must not be cut, any other may be."""
@@ -77,10 +82,7 @@ def one_hot(call: OpCall) -> list[Choice]:
 
 
 RULES: dict[str, Rule] = {
-    **{
-        f"aten::{name}": along("dim")
-        for name in "softmax _softmax log_softmax _log_softmax topk sort argsort cumsum cumprod logcumsumexp glu".split()
-    },
+    **{f"aten::{name}": along("dim") for name in _ALONG_DIM},
     "aten::layer_norm": norm_last,
     "aten::rms_norm": norm_last,
     "aten::group_norm": group_norm,

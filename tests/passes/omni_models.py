@@ -84,7 +84,8 @@ def omni_batch(seed: int, mixture: bool, length: int = 96) -> dict[str, Tensor]:
     patches = sum(t * h * w for t, h, w in grids)
     return batch | {
         "image_grid_thw": torch.tensor(grids), "pixel_values": torch.randn(patches, 96, generator=generator),
-        "input_features": torch.randn(len(frames), 16, max(frames), generator=generator), "feature_attention_mask": mask,
+        "input_features": torch.randn(len(frames), 16, max(frames), generator=generator), "feature_attention_mask":
+        mask,
     }  # fmt: skip
 
 
@@ -108,8 +109,8 @@ def fixed_image_model() -> nn.Module:
         depth=2, num_image_tokens=16, mlp_ratio=2.0,
     )  # fmt: skip
     codes = JanusVQVAEConfig(
-        embed_dim=8, num_embeddings=16, projection_dim=32, image_token_embed_dim=32, base_channels=32, latent_channels=8,
-        channel_multiplier=[1], num_res_blocks=1,
+        embed_dim=8, num_embeddings=16, projection_dim=32, image_token_embed_dim=32, base_channels=32,
+        latent_channels=8, channel_multiplier=[1], num_res_blocks=1,
     )  # fmt: skip
     config = JanusConfig(text_config=text, vision_config=vision, vq_config=codes, image_token_id=IMAGE)
     return _build(JanusForConditionalGeneration, config)

@@ -106,8 +106,8 @@ def captured_for(model: nn.Module, batch: Batch) -> tuple[CapturedForward, Lower
 def run_parity(
     model: nn.Module, batches: list[Batch], mesh: Mesh, blocks: dict[str, BlockPlan], joined: Batch | None = None
 ) -> Parity:
-    """Lower `model` for `mesh` and compare. batches: one per data rank, of equal shapes. joined: the global batch, for the
-    reference, where it is not the same to run them one after the other."""
+    """Lower `model` for `mesh` and compare. batches: one per data rank, of equal shapes. joined: the global batch, for
+    the reference, where it is not the same to run them one after the other."""
     assert len(batches) == mesh.data_ranks
     want_loss, want = reference_joined(model, joined) if joined is not None else reference(model, batches)
     captured, inputs = captured_for(model, batches[0])

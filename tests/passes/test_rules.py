@@ -21,7 +21,8 @@ anchors = torch.ops.omnicompile
 
 @dataclass
 class Example:
-    """An operator on tensors (made anew from `tensors`) and other arguments, in order; `least`: choices it must have."""
+    """An operator on tensors (made anew from `tensors`) and other arguments, in order; `least`: choices it must
+    have."""
 
     target: Any
     args: tuple[Any, ...]
@@ -142,8 +143,8 @@ EXAMPLES = [
     Example(anchors.attention.default, (r(2, 4, 6, 8), r(2, 2, 6, 8), r(2, 2, 6, 4), *ATTENTION), least=2),
     Example(anchors.attention.default, (r(2, 4, 6, 8), r(2, 1, 6, 8), r(2, 1, 6, 4), *ATTENTION), least=2),
     Example(
-        anchors.attention.default,
-        (r(1, 4, 6, 8), r(1, 4, 6, 8), r(1, 4, 6, 8), torch.tensor([0, 2, 6]), torch.tensor([0, 2, 6]), r(4), 6, 6, True,
+        anchors.attention.default, (r(1, 4, 6, 8), r(1, 4, 6, 8), r(1, 4, 6, 8), torch.tensor([0, 2, 6]),
+        torch.tensor([0, 2, 6]), r(4), 6, 6, True,
          0.5, 0, 0.0),
     ),
     Example(aten.scaled_dot_product_attention.default, (r(2, 4, 6, 8), r(2, 4, 6, 8), r(2, 4, 6, 8)), least=2),
@@ -263,6 +264,7 @@ def test_every_choice_gives_the_whole_result(example: Example) -> None:
 
 def test_a_wrong_rule_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """The test's own test: a mean over a cut dimension without its scale does not pass."""
+
     def wrong(call: OpCall) -> list[Choice]:
         return [Choice({"self": Shard(0)}, (PARTIAL,))]
 

@@ -97,7 +97,7 @@ def test_finds_a_parameter_gathered_along_the_wrong_dimension(case: tuple[RankPr
 
 
 def test_finds_gradients_reduced_over_the_wrong_ranks(case: tuple[RankProgram, dict[str, Tensor], int]) -> None:
-    program, values, targets = case
+    program, _, _ = case
     broken = lower_forward(program)
     for gather in _calls(broken, collectives.gather_param):
         gather.args = (*gather.args[:-1], broken.group("dp_shard,sp"))
