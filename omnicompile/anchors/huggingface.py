@@ -15,6 +15,8 @@ from omnicompile.anchors import experts as _experts  # noqa: F401
 
 # Hugging Face hands cu_seqlens to an attention function only if its name says that it is a flash one.
 ATTENTION_NAME = "omnicompile_flash"
+# Dropout changes no size and no cost worth pricing: a capture for planning leaves it out, an executed one refuses it.
+PLANNING_ATTENTION_NAME = "omnicompile_flash_planning"
 EXPERTS_NAME = "omnicompile"
 
 
@@ -62,6 +64,11 @@ def attention_forward(
     return out.transpose(1, 2).contiguous(), None
 
 
+def planning_attention_forward(*args: Any, dropout: float = 0.0, **kwargs: Any) -> tuple[Tensor, None]:
+    """`attention_forward` without dropout."""
+    return attention_forward(*args, **kwargs)
+
+
 def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
     """A mask that the model made itself is kept: torch's own attention takes it."""
     out = F.scaled_dot_product_attention(
@@ -94,12 +101,15 @@ def register() -> None:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, attention_forward)
+    ALL_ATTENTION_FUNCTIONS.register(PLANNING_ATTENTION_NAME, planning_attention_forward)
     ALL_EXPERTS_FUNCTIONS.register(EXPERTS_NAME, experts_forward)
 
 
 @contextlib.contextmanager
-def anchored(model: nn.Module) -> Iterator[None]:
+def anchored(model: nn.Module, planning: bool = False) -> Iterator[None]:
     """While active, every Hugging Face module in `model` computes attention and experts through the anchors.
+
+    planning: the graph is only priced, so attention dropout is left out instead of refused.
 
     The name is set on the configurations after construction, because constructing a model with a flash attention name
     looks for a hub kernel; and it is taken back at the end, so that the caller's model is left as it was.
@@ -120,7 +130,7 @@ def anchored(model: nn.Module) -> Iterator[None]:
     before = [(c, c._attn_implementation_internal, c._experts_implementation_internal) for c in configs.values()]
     try:
         for config in configs.values():
-            config._attn_implementation_internal = ATTENTION_NAME
+            config._attn_implementation_internal = PLANNING_ATTENTION_NAME if planning else ATTENTION_NAME
             config._experts_implementation_internal = EXPERTS_NAME
         yield
     finally:

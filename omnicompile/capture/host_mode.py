@@ -63,6 +63,23 @@ def _mask_to_indices(index: Any) -> tuple[Any, ...] | None:
     return tuple(result)
 
 
+def _number(value: Any) -> Any:
+    """A host integer of no dimensions as an int; lists, tuples and slices with such numbers in them likewise."""
+    if is_host(value) and value.dim() == 0 and value.dtype in _INTEGER_DTYPES - {torch.bool}:
+        with outside_tracing():
+            return int(value)
+    if isinstance(value, slice):
+        return slice(_number(value.start), _number(value.stop), _number(value.step))
+    if type(value) in (tuple, list):
+        return type(value)(_number(item) for item in value)
+    return value
+
+
+def _with_numbers(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Sizes and bounds in an operation on traced tensors are numbers, not host tensors: `x[:, : lengths[0]]`."""
+    return tuple(_number(a) if isinstance(a, slice | tuple | list) else a for a in args)
+
+
 class HostMode(TorchFunctionMode):
     """Active while a model is traced. See the module's docstring."""
 
@@ -94,4 +111,4 @@ class HostMode(TorchFunctionMode):
             return result
         if func is torch.Tensor.__getitem__ and (indices := _mask_to_indices(args[1])) is not None:
             return self.traced(func, (args[0], indices), {})
-        return self.traced(func, args, kwargs)
+        return self.traced(func, _with_numbers(args), kwargs)

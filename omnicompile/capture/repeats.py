@@ -130,7 +130,8 @@ def _argument_key(leaves: list[Any], spec: TreeSpec) -> str:
     for leaf in leaves:
         if is_host(leaf):
             with outside_tracing():
-                parts.append(hashlib.sha256(leaf.contiguous().numpy().tobytes()).hexdigest())
+                raw = leaf.contiguous().view(torch.uint8) if leaf.numel() and leaf.dim() else leaf.float()
+                parts.append(hashlib.sha256(raw.numpy().tobytes()).hexdigest())
         elif isinstance(leaf, Tensor):
             parts.append(f"{tuple(leaf.shape)}{leaf.dtype}")
         elif isinstance(leaf, bool | int | float | str | type(None)):
@@ -141,7 +142,7 @@ def _argument_key(leaves: list[Any], spec: TreeSpec) -> str:
 
 
 def _output_json(leaves: list[Any]) -> str:
-    return json.dumps([[str(t.dtype), list(t.shape)] for t in leaves if isinstance(t, Tensor)])
+    return json.dumps([[str(t.dtype), [int(d) for d in t.shape]] for t in leaves if isinstance(t, Tensor)])
 
 
 class _Recorder:

@@ -131,7 +131,7 @@ def trace_forward(
     with contextlib.ExitStack() as stack:
         stack.enter_context(_environment())
         stack.enter_context(fake_parameters(model, mode))
-        stack.enter_context(anchored(model))
+        stack.enter_context(anchored(model, planning=True))
         repeats = stack.enter_context(record_repeats(model)) if repeat else Repeats()
         paths = stack.enter_context(record_paths(model))
         try:
