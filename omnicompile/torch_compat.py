@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ __all__ = [
     "is_plain_host_tensor",
     "local_ranks_mode",
     "new_fake_mode",
+    "nodes_traced_since",
     "on_each_rank",
     "outside_tracing",
     "ranked",
@@ -75,6 +77,14 @@ def traced_nodes() -> int:
     mode = get_proxy_mode()
     assert mode is not None, "nothing is being traced"
     return len(mode.tracer.graph.nodes)
+
+
+def nodes_traced_since(count: int) -> list[fx.Node]:
+    """The nodes of the graph being traced after the first `count`."""
+    mode = get_proxy_mode()
+    assert mode is not None, "nothing is being traced"
+    graph = mode.tracer.graph
+    return list(islice(reversed(graph.nodes), len(graph.nodes) - count))
 
 
 def is_grad_switch(node: fx.Node) -> bool:

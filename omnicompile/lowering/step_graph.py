@@ -15,9 +15,11 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from omnicompile.errors import LoweringError
+from omnicompile.lowering.recompute import FORWARD, is_forward, recompute_pass
 from omnicompile.passes.rank_program import RankProgram
-from omnicompile.torch_compat import FakeTensorMode, new_fake_mode
+from omnicompile.torch_compat import FakeTensorMode, new_fake_mode, nodes_traced_since, traced_nodes
 
+_HANDED_ON = ("block", "role", "param", "nn_module_stack")
 _c10d = torch.ops._c10d_functional
 _GATHER = _c10d.all_gather_into_tensor.default
 _WAIT = _c10d.wait_tensor.default
@@ -26,11 +28,26 @@ _WAIT = _c10d.wait_tensor.default
 @dataclass
 class StepGraph:
     """gm: takes the forward's placeholders in order. gradients: the placeholders of the parameters whose gradients
-    follow the loss in the output. gathers: parameter gathers that are run again in the backward."""
+    follow the loss in the output. gathers: parameter gathers that are run again in the backward. recomputed: operators
+    of the forward that are."""
 
     gm: fx.GraphModule
     gradients: tuple[str, ...]
     gathers: int = 0
+    recomputed: int = 0
+
+
+class _MarkForward(fx.Interpreter):
+    """Runs the forward while it is traced and hands its nodes' metadata on to the nodes that come of them."""
+
+    def run_node(self, n: fx.Node) -> object:
+        before = traced_nodes()
+        result = super().run_node(n)
+        if n.op == "call_function":
+            meta = {key: n.meta[key] for key in _HANDED_ON if key in n.meta}
+            for node in nodes_traced_since(before):
+                node.meta.update(meta, phase=FORWARD)
+        return result
 
 
 def trace_step(program: RankProgram) -> StepGraph:
@@ -41,13 +58,14 @@ def trace_step(program: RankProgram) -> StepGraph:
     forward = program.gm
     nodes = list(forward.graph.find_nodes(op="placeholder"))
     mode = new_fake_mode()
+    marked = _MarkForward(forward)
     fakes = [_local_fake(program, node, mode) for node in nodes]
     trained = [i for i, node in enumerate(nodes) if node.name in program.params and program.params[node.name].trainable]
     used: list[int] = []
 
     def step(*arguments: Tensor) -> tuple[Tensor, ...]:
         leaves = [a.detach().requires_grad_(i in trained) for i, a in enumerate(arguments)]
-        loss = forward(*leaves)[0]
+        loss = marked.run(*leaves)[0]
         found = torch.autograd.grad(loss, [leaves[i] for i in trained], allow_unused=True)
         used.extend(i for i, grad in zip(trained, found) if grad is not None)
         return (loss.detach(), *(grad for grad in found if grad is not None))
@@ -56,8 +74,11 @@ def trace_step(program: RankProgram) -> StepGraph:
         gm = make_fx(step)(*fakes)
     _audit(nodes, [i for i in trained if i not in used])
     _name_placeholders(gm, nodes)
-    gathers = gather_again(gm, {n.name for n in nodes if n.name in program.params})
-    return StepGraph(gm, tuple(nodes[i].name for i in used), gathers)
+    recomputed = recompute_pass(gm, {name: block.recompute for name, block in program.blocks.items()})
+    keeps = {name for name, block in program.blocks.items() if not block.reshard}
+    freed = {n.name for n in nodes if n.name in program.params and n.meta.get("block") not in keeps}
+    gathers = gather_again(gm, freed)
+    return StepGraph(gm, tuple(nodes[i].name for i in used), gathers, recomputed)
 
 
 def _local_fake(program: RankProgram, node: fx.Node, mode: FakeTensorMode) -> Tensor:
@@ -109,16 +130,14 @@ def gather_again(gm: fx.GraphModule, parameters: set[str]) -> int:
     Safe: a shard does not change within a step, and all ranks run the same graph. Returns the number of gathers.
     """
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
-    (output,) = gm.graph.find_nodes(op="output")
-    boundary = order[_loss_node(output)]
     count = 0
-    for gather in [n for n in gm.graph.nodes if n.target is _GATHER and order[n] < boundary]:
+    for gather in [n for n in gm.graph.nodes if n.target is _GATHER and is_forward(n)]:
         source = _only_source(gather)
         if source is None or source.op != "placeholder" or source.name not in parameters:
             continue
-        chain = _derived_views(gather, order, boundary)
-        users = {user for node in chain for user in node.users}
-        late = sorted((u for u in users if order.get(u, -1) > boundary and u is not output), key=lambda u: order[u])
+        chain = _derived_views(gather)
+        users = {user for node in chain for user in node.users if not is_forward(user) and user.op == "call_function"}
+        late = sorted((u for u in users if u in order), key=lambda u: order[u])
         if late:
             _copy_before(gm.graph, sorted(chain, key=lambda n: order[n]), late)
             count += 1
@@ -126,15 +145,6 @@ def gather_again(gm: fx.GraphModule, parameters: set[str]) -> int:
     gm.graph.lint()
     gm.recompile()
     return count
-
-
-def _loss_node(output: fx.Node) -> fx.Node:
-    """The node of the loss itself, before it is detached."""
-    node = output.args[0][0]  # type: ignore[index]
-    while isinstance(node, fx.Node) and node.target is torch.ops.aten.detach.default:
-        node = node.args[0]
-    assert isinstance(node, fx.Node)
-    return node
 
 
 def _only_source(node: fx.Node) -> fx.Node | None:
@@ -146,12 +156,12 @@ def _only_source(node: fx.Node) -> fx.Node | None:
     return node
 
 
-def _derived_views(gather: fx.Node, order: dict[fx.Node, int], boundary: int) -> list[fx.Node]:
+def _derived_views(gather: fx.Node) -> list[fx.Node]:
     """The gather, its wait, and what only re-arranges its result, as far as computed in the forward."""
     chain, stack = [gather], [gather]
     while stack:
         for user in stack.pop().users:
-            if order.get(user, boundary) >= boundary or user in chain or len(user.all_input_nodes) != 1:
+            if not is_forward(user) or user in chain or len(user.all_input_nodes) != 1:
                 continue
             if user.target is _WAIT or _rearranges(user):
                 chain.append(user)
@@ -172,6 +182,7 @@ def _copy_before(graph: fx.Graph, chain: list[fx.Node], users: list[fx.Node]) ->
     with graph.inserting_before(users[0]):
         for node in chain:
             copies[node] = graph.node_copy(node, lambda x: copies.get(x, x))
+            copies[node].meta["phase"] = "gather again"
     for user in users:
         for node in list(user.all_input_nodes):
             if node in copies:

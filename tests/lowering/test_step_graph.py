@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from tiny_models import make_plan, mixture_model, reference_gradients, text_batch, worst_error
 
+from omnicompile.capture.classify import is_view
 from omnicompile.lowering.driver import default_lower, find_targets, rank_program, with_outputs
 from omnicompile.lowering.graph_capture import capture_forward
+from omnicompile.lowering.recompute import is_forward
 from omnicompile.lowering.step_graph import trace_step
 from omnicompile.plan import Mesh
+from omnicompile.recompute import Recompute
 
 
-def test_one_rank_gives_the_loss_and_every_gradient() -> None:
+@pytest.mark.parametrize("policy", list(Recompute))
+def test_one_rank_gives_the_loss_and_every_gradient(policy: Recompute) -> None:
     model, batch = mixture_model(), text_batch(1)
     captured, inputs = capture_forward(model, batch)
     own = dict(model.named_parameters())
     targets = find_targets(captured)
-    program = rank_program(
-        with_outputs(captured, ("loss",)), make_plan(("text",), Mesh()), dict.fromkeys(own, True), {32}, torch.float32
-    )
+    plan = make_plan(("text",), Mesh(), recompute=policy)
+    program = rank_program(with_outputs(captured, ("loss",)), plan, dict.fromkeys(own, True), {32}, torch.float32)
     lowered = default_lower(program)
     step = trace_step(lowered)
     values, buffers = inputs.prepare(batch), dict(model.named_buffers())
@@ -39,6 +43,27 @@ def test_one_rank_gives_the_loss_and_every_gradient() -> None:
     want, gradients = reference_gradients(model, [batch])
     assert abs(loss.item() - want) < 1e-6
     assert worst_error(got, gradients) < 1e-5
+    assert (step.recomputed > 0) == (policy is not Recompute.NONE)
+
+
+def kept_bytes(policy: Recompute) -> int:
+    """What the forward leaves to the backward, parameters and inputs apart."""
+    captured, _ = capture_forward(mixture_model(), text_batch(1))
+    names = dict.fromkeys(captured.params.values(), True)
+    plan = make_plan(("text",), Mesh(), recompute=policy)
+    program = default_lower(rank_program(with_outputs(captured, ("loss",)), plan, names, {32}, torch.float32))
+    total = 0
+    for node in trace_step(program).gm.graph.nodes:
+        value = node.meta.get("val")
+        late = any(not is_forward(user) and user.op == "call_function" for user in node.users)
+        if is_forward(node) and late and isinstance(value, torch.Tensor) and not is_view(node):
+            total += value.numel() * value.element_size()
+    return total
+
+
+def test_recomputing_more_keeps_less() -> None:
+    none, selective, full = (kept_bytes(policy) for policy in Recompute)
+    assert full < selective < none
 
 
 def test_parameters_are_gathered_again_for_the_backward() -> None:

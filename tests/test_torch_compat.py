@@ -1,0 +1,37 @@
+"""Canaries: each private torch API that `omnicompile.torch_compat` uses still does what it is used for."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from omnicompile.torch_compat import (
+    is_plain_host_tensor,
+    new_fake_mode,
+    nodes_traced_since,
+    outside_tracing,
+    traced_nodes,
+)
+
+
+def test_fake_tensors_are_no_host_tensors_and_can_be_left() -> None:
+    with new_fake_mode():
+        fake = torch.ones(3)
+        with outside_tracing():
+            real = torch.ones(3)
+    assert not is_plain_host_tensor(fake)
+    assert is_plain_host_tensor(real)
+    assert not is_plain_host_tensor(torch.ones(3, requires_grad=True))
+
+
+def test_nodes_can_be_counted_and_taken_while_tracing() -> None:
+    seen: list[str] = []
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        before = traced_nodes()
+        y = x.sin().cos()
+        seen.extend(node.name for node in nodes_traced_since(before))
+        return y
+
+    make_fx(function)(torch.ones(2))
+    assert sorted(seen) == ["cos", "sin"]
