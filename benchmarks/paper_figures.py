@@ -81,11 +81,13 @@ ASSUMPTIONS = (
     "- **paper**: the paper's choices pinned: parameters sharded over all GPUs (FSDP), every layer of the language",
     "  model recomputed, chunked loss, nothing offloaded. The layout of the encoders is left to the planner.",
     "- **whole logits**: the same without the chunked loss (the paper names an in-place cross-entropy).",
-    "- **best**: the planner's best plan at that SP and EP, free in recompute, offload, sharding and loss head.",
+    "- **best**: the planner's best plan at that SP and EP that can be executed, free in recompute, sharding, layout",
+    "  of the encoders and loss head. **with offload**: its best if what is priced only were there too, above all",
+    "  keeping activations and optimizer state in host memory.",
     "- t/s: tokens/s/GPU. MFU: causal attention counted as half, frozen parts without weight gradients, recompute not",
     "  counted. VeOmni MFU: the paper's counting, 6 FLOPs per active parameter and token and full attention. GiB: per",
-    "  GPU, of 79.1, CUDA context (1.4) and allocator slack (4.0) included. Host TB: host memory per node that",
-    "  offloading takes. A dash: does not fit.",
+    "  GPU, of 79.1, CUDA context (1.4) and allocator slack (4.0) included. Host: host memory per node that offloading",
+    "  takes. A dash: does not fit.",
 )
 
 
@@ -95,7 +97,8 @@ def _figure_text(result: Result) -> list[str]:
     lines += [f"Paper: {figure.stated}.", ""]
     lines += _stated_text(result)
     lines += ["Longest sequence that fits:", ""]
-    lines += ["| SP | EP | paper's choices | with whole logits | best plan |", "|---|---|---|---|---|"]
+    lines += ["| SP | EP | paper's choices | with whole logits | best plan | with offload |"]
+    lines += ["|---|---|---|---|---|---|"]
     degrees = [(sp, ep) for sp in figure.sps for ep in figure.eps]
     for sp, ep in degrees:
         limits = {e.plan: e for e in result.longest if (e.sp, e.ep) == (sp, ep)}
@@ -138,15 +141,14 @@ def _line_text(result: Result, sp: int, ep: int) -> list[str]:
     title = f"SP {sp}" + (f", EP {ep}" if len(figure.eps) > 1 else "")
     lines = [
         f"{title}:", "",
-        "| length | paper t/s | MFU | VeOmni MFU | GiB | best t/s | MFU | VeOmni MFU | GiB | host TB | best plan |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| length | paper t/s | MFU | VeOmni MFU | GiB | best t/s | MFU | VeOmni MFU | GiB | best plan |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for seq_len in figure.lengths:
         points = {p.plan: p for p in result.points if (p.sp, p.ep, p.seq_len) == (sp, ep, seq_len)}
         paper, best = points["paper"], points["best"]
-        host = f"{best.host:.1f}" if best.host else ""
         chosen = best.choices if best.fits else best.error or "-"
-        lines.append(f"| {seq_len // K}K | {_cells(paper)} | {_cells(best)} | {host} | {chosen} |")
+        lines.append(f"| {seq_len // K}K | {_cells(paper)} | {_cells(best)} | {chosen} |")
     return lines
 
 

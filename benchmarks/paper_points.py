@@ -26,8 +26,11 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 K, GIB = 1024, 2.0**30
 OVERHEAD = ("context", "allocator slack")
-KINDS = ("paper", "logits", "best")
-"""Plans per point: the paper's choices; the same with whole logits (for the longest sequence only); our best."""
+KINDS = ("paper", "logits", "best", "priced")
+"""Plans: the paper's choices; the same with whole logits; our best; our best if what is priced and cannot be executed
+yet were there, above all offloading to host memory."""
+BY_LENGTH = ("paper", "best")
+"""What is predicted at every length; the others only for the longest sequence."""
 HOST_TB = 2.0
 """Host memory of a usual node. Offloading more than that is reported as a failed check."""
 
@@ -151,9 +154,10 @@ def _line(result: Result, source: ModelSource, sp: int, ep: int, kind: str) -> N
         limit = 0
         result.longest.append(Longest(sp, ep, kind, 0))
     except PlanError as error:
-        result.points += [Point(sp, ep, n, kind, False, error=str(error)) for n in figure.lengths]
+        lengths = figure.lengths if kind in BY_LENGTH else ()
+        result.points += [Point(sp, ep, n, kind, False, error=str(error)) for n in lengths]
         return
-    for seq_len in figure.lengths if kind != "logits" else ():
+    for seq_len in figure.lengths if kind in BY_LENGTH else ():
         if seq_len > limit:
             result.points.append(Point(sp, ep, seq_len, kind, False))
             continue
@@ -177,8 +181,8 @@ def _workload(global_batch: int, seq_len: int) -> Workload:
 
 def pins_of(source: ModelSource, workload: Workload, sp: int, ep: int, kind: str) -> dict[str, str]:
     pins = {"mesh.sp": str(sp), "mesh.ep": str(ep)}
-    if kind == "best":
-        return pins
+    if kind in ("best", "priced"):
+        return pins | ({"priced": "true"} if kind == "priced" else {})
     program = capture_program(source, workload)
     for block in program.blocks:
         if block.kind != "encoder":
@@ -275,10 +279,14 @@ def checks(result: Result) -> list[str]:
         best = by_key.get((sp, ep, seq_len, "best"))
         if kind == "paper" and (best is None or best.speed < point.speed * (1 - 1e-9)):
             found.append(f"{where}: the best plan is not as fast as the one with the paper's choices")
-        if point.host > HOST_TB:
-            found.append(f"{where} {kind}: keeps {point.host:.1f} TB per node in host memory")
         if not 0 < point.mfu < 0.8:
             found.append(f"{where} {kind}: MFU {point.mfu:.1%}")
+    for entry in result.longest:
+        if entry.at is not None and entry.at.host > HOST_TB:
+            found.append(
+                f"SP {entry.sp}, EP {entry.ep} {entry.plan}: the longest sequence takes {entry.at.host:.1f} TB of host "
+                "memory per node"
+            )
     for kind in KINDS:
         for sp in result.figure.sps:
             for ep in result.figure.eps:

@@ -56,8 +56,9 @@ def test_checks_find_what_cannot_be_right(figures: ModuleType) -> None:
     figure = points.FIGURES[0]
     paper = points.Point(1, 1, 8192, "paper", True, speed=2.0, mfu=0.5, memory=10.0)
     longer = points.Point(1, 1, 16384, "paper", True, speed=2.0, mfu=0.9, memory=9.0)
-    best = points.Point(1, 1, 8192, "best", True, speed=1.0, mfu=0.5, host=3.0)
-    longest = [points.Longest(1, 1, "best", 4096), points.Longest(2, 1, "best", 2048)]
+    best = points.Point(1, 1, 8192, "best", True, speed=1.0, mfu=0.5)
+    offloads = points.Point(1, 1, 4096, "best", True, host=3.0)
+    longest = [points.Longest(1, 1, "best", 4096, offloads), points.Longest(2, 1, "best", 2048)]
     found = points.checks(points.Result(figure, "", [paper, longer, best], longest))
     for words in ("not as fast", "needs less memory", "MFU 90.0%", "3.0 TB", "does not grow with SP"):
         assert any(words in line for line in found), words
