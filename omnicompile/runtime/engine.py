@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from omnicompile.errors import LoweringError
+from omnicompile.lowering.chunked_loss import chunk_loss_pass
 from omnicompile.lowering.driver import (
     Lower,
     Targets,
@@ -23,7 +25,7 @@ from omnicompile.lowering.graph_capture import CapturedForward, LoweredInputs, c
 from omnicompile.lowering.host_program import is_host_input
 from omnicompile.passes.placement import Partial, Replicate, Shard
 from omnicompile.passes.rank_program import DATA_AXES, RankProgram, bind_groups
-from omnicompile.plan import Plan
+from omnicompile.plan import LossHead, Plan
 from omnicompile.runtime.agreement import require_same
 from omnicompile.runtime.backends import Backend, Function
 from omnicompile.runtime.mesh import RuntimeMesh
@@ -140,6 +142,8 @@ class Engine:
             requires_grad = {name: p.requires_grad for name, p in self.model.named_parameters()}
             initial = rank_program(forward, self.plan, requires_grad, _lengths(batch), self._stored)
             lowered = self._lower(initial)
+            if self.plan.loss_head is LossHead.CHUNKED and not logits and (why := chunk_loss_pass(lowered.gm)):
+                warnings.warn(f"the plan's chunked loss head is left whole: {why}", stacklevel=2)
             require_same({"lowered graph": lowered.gm.code}, self.mesh.control)
             self._programs[key] = self._load(lowered, capture.forward)
         return self._programs[key]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from omnicompile.errors import InputError
+from omnicompile.errors import InputError, PlanError
 from omnicompile.lowering.driver import Lower, default_lower
 from omnicompile.lowering.graph_capture import DEFAULT_SEGMENTS
 from omnicompile.plan import Plan
@@ -20,6 +20,7 @@ from omnicompile.runtime.engine import Engine, batch_signature
 from omnicompile.runtime.mesh import build_mesh, pick_device
 from omnicompile.runtime.parallel_module import ParallelModule, to_host
 from omnicompile.runtime.plain_module import PlainModule
+from omnicompile.support import not_executable
 
 
 def parallelize(
@@ -45,6 +46,8 @@ def parallelize(
     """
     if backend not in BACKENDS:
         raise InputError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if plan is not None and (unsupported := not_executable(plan)):
+        raise PlanError(f"the plan asks for what cannot be executed yet: {'; '.join(unsupported)}")
     if plan is None or plan.mesh.world == 1:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise InputError("give parallelize a plan for these processes: omnicompile.plan(...) makes one")
