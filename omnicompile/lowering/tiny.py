@@ -8,17 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from omnicompile.capture.inputs import FloatSpec, InputRequest, input_constraints, make_inputs
-from omnicompile.capture.inputs.probe import observe
 from omnicompile.capture.source import ModelSource
 from omnicompile.errors import CaptureError, InputError
 from omnicompile.lowering.tiny_config import LEVELS, shrink
 from omnicompile.workload import Workload
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Batch = dict[str, Any]
 MOST_PARAMETERS = 50_000_000
@@ -42,7 +44,7 @@ def tiny_copy(source: ModelSource, dtype: torch.dtype = torch.float32) -> TinyMo
     if source.tiny is not None:
         return _own(source, source.tiny(), dtype)
     model = source.build_meta()
-    if hasattr(model, "config") and hasattr(model.config, "get_text_config"):
+    if is_hugging_face(model):
         return _shrunk(model, dtype)
     size = sum(p.numel() for p in model.parameters())
     if size > MOST_PARAMETERS:
@@ -51,6 +53,12 @@ def tiny_copy(source: ModelSource, dtype: torch.dtype = torch.float32) -> TinyMo
             "add def tiny() -> nn.Module to the file, the same model with small sizes"
         )
     return _own(source, source.build(), dtype)
+
+
+def is_hugging_face(model: nn.Module) -> TypeGuard[PreTrainedModel]:
+    from transformers import PreTrainedModel
+
+    return isinstance(model, PreTrainedModel)
 
 
 def _own(source: ModelSource, model: nn.Module, dtype: torch.dtype) -> TinyModel:
@@ -62,7 +70,7 @@ def _own(source: ModelSource, model: nn.Module, dtype: torch.dtype) -> TinyModel
     return TinyModel(model, lambda rank: _varied(_real(inputs(workload), dtype, rank), rank))
 
 
-def _shrunk(original: nn.Module, dtype: torch.dtype) -> TinyModel:
+def _shrunk(original: PreTrainedModel, dtype: torch.dtype) -> TinyModel:
     failures = []
     for level in LEVELS:
         try:
@@ -73,6 +81,8 @@ def _shrunk(original: nn.Module, dtype: torch.dtype) -> TinyModel:
                 raise CaptureError(f"it still has {size / 1e6:.0f} M parameters")
             torch.manual_seed(0)
             model = type(original)(config).to(dtype)
+            if dtype is torch.float64:
+                model.set_experts_implementation("eager")  # the grouped product takes no float64
             model = _randomized(model, torch.Generator().manual_seed(0))
             batch = _batches(model, dtype)
             _check_runs(model, batch(0))
@@ -116,7 +126,9 @@ def _batches(model: nn.Module, dtype: torch.dtype) -> Callable[[int], Batch]:
     longest = limits.max_seq_len or _PROBE_LENGTH
 
     def inputs(seq_len: int, turned: bool) -> Any:
-        shape = (grid[1], grid[0]) if turned and grid is not None and images is not None and images.grid is None else grid
+        shape = (
+            (grid[1], grid[0]) if turned and grid is not None and images is not None and images.grid is None else grid
+        )
         frames = audio.nearest_frames(1.0) if audio is not None else None
         request = InputRequest(seq_len, 2 if images else 0, shape, frames, 2 if audio else 0)
         return make_inputs(model, request, check=False)

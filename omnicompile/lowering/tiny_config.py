@@ -136,7 +136,13 @@ def _shrunk(
     if name == "apply_spec_augment":
         return False
     if ids and _TOKEN_ID.search(name):
-        return [ids.get(v, v) for v in value] if isinstance(value, list) else ids.get(value, value) if _number(value) else value
+        return (
+            [ids.get(v, v) for v in value]
+            if isinstance(value, list)
+            else ids.get(value, value)
+            if _number(value)
+            else value
+        )
     if isinstance(value, dict):
         return _rotary(value, sizes) if name.startswith("rope") else value
     if isinstance(value, list | tuple):
@@ -187,7 +193,9 @@ def _narrow(name: str, value: int, sizes: _Sizes) -> int:
     return min(value, RANK) if name.endswith("rank") else value
 
 
-def _shrunk_list(name: str, values: list[Any], fields: dict[str, Any], sizes: _Sizes, what: frozenset[str]) -> list[Any]:
+def _shrunk_list(
+    name: str, values: list[Any], fields: dict[str, Any], sizes: _Sizes, what: frozenset[str]
+) -> list[Any]:
     numbers = bool(values) and all(_number(v) for v in values)
     if sizes.layers is not None and len(values) == sizes.layers[0]:
         values = values[: sizes.layers[1]]

@@ -1,0 +1,114 @@
+"""Which plan a proof runs: the user's reduced to few ranks, or one that uses every mechanism at once."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from omnicompile.capture.regions import modality_of_input
+from omnicompile.cluster import Cluster
+from omnicompile.errors import LoweringError, PlanError
+from omnicompile.lowering.tiny import Batch, TinyModel
+from omnicompile.plan import BlockPlan, Layout, Mesh, Plan
+from omnicompile.workload import Workload
+
+
+def reduced_plan(plan: Plan, gpus: int, experts: int) -> Plan:
+    """`plan` on `gpus` GPUs with a mesh of the same shape: degrees that are 1 stay 1, the others stay above 1 if they can.
+    experts: of the tiny copy, 0 for a model without."""
+    old = plan.mesh
+    options = [
+        Mesh(dp_replicate=r, dp_shard=d, sp=s)
+        for r, d, s in itertools.product(*(_divisors(n) for n in (old.dp_replicate, old.dp_shard, old.sp)))
+        if r * d * s == gpus
+    ]
+    if not options:
+        raise LoweringError(
+            f"the plan's mesh {old.dp_replicate} x {old.dp_shard} x {old.sp} cannot be reduced to {gpus} GPUs: "
+            "give --gpus a number that divides the plan's"
+        )
+
+    def kept(mesh: Mesh) -> tuple[int, int, int]:
+        degrees = [(mesh.dp_replicate, old.dp_replicate), (mesh.dp_shard, old.dp_shard), (mesh.sp, old.sp)]
+        return sum(new > 1 for new, _ in degrees), -max(new for new, _ in degrees), mesh.sp
+
+    mesh = max(options, key=kept)
+    mesh = replace(mesh, ep=largest_ep(mesh, old.ep, experts))
+    blocks = {
+        name: replace(b, sp=mesh.sp if b.sp > 1 else 1, ep=mesh.ep if b.ep > 1 else 1, **_layout_for(b, mesh))
+        for name, b in plan.blocks.items()
+    }
+    return replace(
+        plan, mesh=mesh, blocks=blocks, cluster=replace(plan.cluster, gpus=gpus), micro_batch=1, accumulation=1
+    )
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _layout_for(block: BlockPlan, mesh: Mesh) -> dict[str, Layout]:
+    return {"layout": Layout.BATCH} if mesh.sp == 1 and block.layout is not Layout.BATCH else {}
+
+
+def largest_ep(mesh: Mesh, wanted: int, experts: int) -> int:
+    """The largest ep, at most `wanted`, that the mesh and the number of experts allow; smaller than all where it can be."""
+    inner = mesh.dp_shard * mesh.sp
+    fits = [n for n in range(1, min(wanted, inner) + 1) if inner % n == 0 and experts and experts % n == 0]
+    folded = [n for n in fits if 1 < n < inner]
+    return max(folded or fits, default=1)
+
+
+def default_plan(tiny: TinyModel, gpus: int) -> Plan:
+    """A plan that uses every mechanism at once, as far as `gpus` GPUs go: HSDP, sequence and expert parallelism."""
+    sp = 2 if gpus % 2 == 0 else 1
+    shard = 2 if gpus % 4 == 0 else gpus // sp
+    mesh = Mesh(dp_replicate=gpus // (sp * shard), dp_shard=shard, sp=sp)
+    mesh = replace(mesh, ep=largest_ep(mesh, gpus, count_experts(tiny.model)))
+    layout = Layout.SEQUENCE if sp > 1 else Layout.BATCH
+    block = BlockPlan(layout=layout, sp=sp, ep=mesh.ep)
+    blocks = {name: block if name == "text" else replace(block, ep=1) for name in block_names(tiny.batch(0))}
+    return Plan("", Cluster(gpus=gpus), Workload(), mesh, blocks)
+
+
+def block_names(batch: Batch) -> tuple[str, ...]:
+    found = {modality_of_input(name) for name, value in batch.items() if isinstance(value, Tensor)}
+    return ("text", *sorted(found & {"vision", "audio"}))
+
+
+def count_experts(model: nn.Module) -> int:
+    """Experts in a layer: the first dimension of three-dimensional weights that lie in a module of experts."""
+    counts = {p.shape[0] for name, p in model.named_parameters() if p.dim() == 3 and "expert" in name}
+    return counts.pop() if len(counts) == 1 else 0
+
+
+def with_choices(plan: Plan, mesh: Mapping[str, int], blocks: Mapping[str, Mapping[str, Any]], experts: int) -> Plan:
+    """`plan` with some degrees of its mesh and some fields of its blocks chosen; dp_shard makes up what is not chosen.
+    Raises PlanError where the degrees do not make up the number of GPUs."""
+    gpus, chosen = plan.cluster.gpus, dict(mesh)
+    free = [name for name in ("dp_shard", "dp_replicate", "sp") if name not in chosen]
+    if chosen:
+        degrees = {"dp_replicate": 1, "dp_shard": 1, "sp": 1} | {k: v for k, v in chosen.items() if k != "ep"}
+        product = degrees["dp_replicate"] * degrees["dp_shard"] * degrees["sp"]
+        if gpus % product or (product != gpus and not free):
+            raise PlanError(f"the mesh {degrees} does not make up {gpus} GPUs: change --gpus or the pinned degrees")
+        if free and product != gpus:
+            degrees[free[0]] = gpus // product
+        new = Mesh(dp_replicate=degrees["dp_replicate"], dp_shard=degrees["dp_shard"], sp=degrees["sp"])
+        ep = chosen.get("ep", largest_ep(new, plan.mesh.ep, experts))
+        plan = replace(plan, mesh=replace(new, ep=ep))
+    settled = {}
+    for name, block in plan.blocks.items():
+        cut = plan.mesh.sp > 1 and block.layout is not Layout.REPLICATED
+        layout = Layout.SEQUENCE if cut and block.layout is Layout.BATCH else block.layout if cut else Layout.BATCH
+        if plan.mesh.sp > 1 and block.layout is Layout.REPLICATED:
+            layout = Layout.REPLICATED
+        settled[name] = replace(
+            block, layout=layout, sp=plan.mesh.sp, ep=plan.mesh.ep if block.ep > 1 or name == "text" else 1
+        )
+        settled[name] = replace(settled[name], **blocks.get(name, {}))
+    return replace(plan, blocks=settled)
