@@ -119,6 +119,12 @@ class DataPropagation(Propagation):
     def _refuse(self, node: fx.Node, whole: bool) -> None:
         """Every data rank has its own micro-batch: random numbers and changes in place are its own."""
 
+    def _counts_images(self, node: fx.Node) -> bool:
+        return False
+
+    def _begin(self, call: OpCall, choices: list[Choice]) -> Choice | None:
+        return None
+
     def _island(self, node: fx.Node, whole: bool) -> None:
         self._whole(node)
 

@@ -111,13 +111,15 @@ def is_data_dependent(node: fx.Node) -> bool:
 
 @dataclass
 class Propagation:
-    """One walk over the graph for one axis. `actual` / `virtual`: placements of each node's outputs."""
+    """One walk over the graph for one axis. `actual` / `virtual`: placements of each node's outputs. `active`: nodes that
+    depend on the batch."""
 
     program: RankProgram
     ranks: int
     actual: dict[fx.Node, Placements] = field(default_factory=dict)
     virtual: dict[fx.Node, Placements] = field(default_factory=dict)
     restores: dict[fx.Node, Placement] = field(default_factory=dict)
+    active: set[fx.Node] = field(default_factory=set)
     prepared: dict[tuple[Any, ...], fx.Node] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -153,9 +155,13 @@ class Propagation:
     def _placeholder(self, node: fx.Node) -> None:
         self.actual[node] = self.virtual[node] = (REPLICATE,)
         spec = self.program.inputs.get(node.name)
+        if spec is not None and spec.kind in ("input", "host"):
+            self.active.add(node)
         if spec is None or spec.token_dim is None:
             return
         shard = Shard(spec.token_dim)
+        if self._counts_images(node):
+            return
         if divides(node_shape(node), shard, self.ranks):
             self.virtual[node] = (shard,)
         elif any(self._cuts(user) for user in node.users):
@@ -164,6 +170,12 @@ class Propagation:
                 f"input {spec.name!r} has {size} tokens, which sp={self.ranks} does not divide: "
                 f"pad the budget to {math.ceil(size / self.ranks) * self.ranks}, or choose another sp"
             )
+
+    def _counts_images(self, node: fx.Node) -> bool:
+        """Whether an input is a batch of images or clips whose block is cut along what becomes of each, not dealt out."""
+        value = node.meta["val"]
+        many = value.is_floating_point() and value.dim() >= 3
+        return many and any(self._layout(user) is Layout.SEQUENCE for user in node.users)
 
     def _cuts(self, node: fx.Node) -> bool:
         return self._layout(node) in (Layout.SEQUENCE, Layout.IMAGES)
@@ -174,6 +186,9 @@ class Propagation:
     def _getitem(self, node: fx.Node) -> None:
         source, position = node.args
         assert isinstance(source, fx.Node) and isinstance(position, int)
+
+        if source in self.active:
+            self.active.add(node)
 
         def pick(values: Placements) -> Placement:
             return values[position] if len(values) > 1 else values[0]
@@ -219,6 +234,8 @@ class Propagation:
 
     def _call(self, node: fx.Node) -> None:
         tensors = self._tensors(node)
+        if any(t in self.active for t in tensors):
+            self.active.add(node)
         whole = all(isinstance(self.actual[t][0], Replicate) for t in tensors)
         self._refuse(node, whole)
         if node.target in _LINEAR_HELPERS:
@@ -233,8 +250,11 @@ class Propagation:
         if rule is None or is_mutating(node):
             self._island(node, whole)
             return
-        choice, against = self._best(call, rule(call))
-        if choice is None:
+        choices = rule(call)
+        choice, against = self._best(call, choices)
+        if choice is None and whole and (begun := self._begin(call, choices)) is not None:
+            self._apply(call, begun)
+        elif choice is None:
             self._whole_and_back(node)
         elif whole and (against >= _LOSES_CUT or not _all_float(node) or not any(map(self._cuts, node.users))):
             keep = against < _LOSES_CUT
@@ -242,6 +262,16 @@ class Propagation:
             self.virtual[node] = tuple(o if keep and isinstance(o, Shard) else REPLICATE for o in choice.outputs)
         else:
             self._apply(call, choice)
+
+    def _begin(self, call: OpCall, choices: list[Choice]) -> Choice | None:
+        """Cut a whole activation at a norm, whose input is [.., tokens, hidden], where no input could be cut before."""
+        if call.name not in ("layer_norm", "rms_norm") or self._layout(call.node) is not Layout.SEQUENCE:
+            return None
+        tensor = call.values["input"]
+        if tensor not in self.active or len(call.out) < 2:
+            return None
+        target = Shard(len(call.out) - 2)
+        return next((c for c in choices if c.inputs == {"input": target}), None)
 
     def _refuse(self, node: fx.Node, whole: bool) -> None:
         if is_random(node):

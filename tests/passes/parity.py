@@ -111,7 +111,7 @@ def run_parity(
     assert len(batches) == mesh.data_ranks
     want_loss, want = reference_joined(model, joined) if joined is not None else reference(model, batches)
     captured, inputs = captured_for(model, batches[0])
-    tokens = batches[0]["input_ids"].shape[1]
+    tokens = batches[0]["labels"].shape[1]
     original = program_of(captured, model, mesh, blocks, tokens)
     program = lower_forward(original)
     fixed = whole_values(original, captured, model)

@@ -1,0 +1,150 @@
+"""Bytes alive at every node of a graph, by walking it once.
+
+A tensor's memory lives from the node that makes it to the last use of any view of it. Inputs live all the time, since the
+caller holds them. While a node runs, what it reads and what it makes are both alive; temporaries inside a kernel are not
+seen. Equal to what torch's MemTracker measures when the graph is run.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import sympy
+import torch
+from torch import Tensor, fx
+
+from omnicompile.capture.classify import is_in_place, is_view
+
+_c10d = torch.ops._c10d_functional
+_WAIT = _c10d.wait_tensor.default
+_EXCHANGE = _c10d.all_to_all_single.default
+
+Rows = Mapping[sympy.Symbol, int]
+
+
+@dataclass(frozen=True)
+class Peak:
+    """total: bytes at the peak, inputs included. inputs: bytes of the inputs. node: where the peak is, by name. holders:
+    name of the node that made a tensor alive at the peak -> its bytes, largest first, inputs not included."""
+
+    total: int
+    inputs: int
+    node: str
+    holders: dict[str, int]
+
+    @property
+    def beyond_inputs(self) -> int:
+        return self.total - self.inputs
+
+
+def storage_of(node: fx.Node) -> fx.Node:
+    """The node whose memory `node`'s result lives in: through views, in-place operators and waits for collectives. An
+    element of a tuple of new tensors is a tensor of its own."""
+    while node.op == "call_function" and node.args and isinstance(source := node.args[0], fx.Node):
+        through = node.target is _WAIT or is_view(node) or is_in_place(node)
+        if not (through or (node.target is operator.getitem and is_view(source))):
+            break
+        node = source
+    return node
+
+
+def balanced_rows(graph: fx.Graph) -> dict[sympy.Symbol, int]:
+    """A value for each size that is known only at run time: rows that arrive from one rank, if all send each equally many."""
+    rows: dict[sympy.Symbol, int] = {}
+    for node in graph.find_nodes(op="call_function", target=_EXCHANGE):
+        source, splits = node.args[0], node.args[1]
+        if not isinstance(source, fx.Node) or not isinstance(splits, list | tuple):
+            continue
+        size = source.meta["val"].shape[0]
+        for split in splits:
+            symbol = split.meta["val"].node.expr if isinstance(split, fx.Node) else None
+            if isinstance(symbol, sympy.Symbol) and isinstance(size, int):
+                rows.setdefault(symbol, size // len(splits))
+    return rows
+
+
+def tensor_bytes(value: object, rows: Rows) -> int:
+    """Bytes of the memory behind a tensor, of all in a tuple; 0 for anything else. Raises ValueError for a size not in
+    `rows` that is not known."""
+    if isinstance(value, tuple | list):
+        return sum(tensor_bytes(item, rows) for item in value)
+    if not isinstance(value, Tensor):
+        return 0
+    if all(isinstance(size, int) for size in value.shape):
+        return int(value.untyped_storage().nbytes())
+    count = value.element_size()
+    for size in value.shape:
+        count *= size if isinstance(size, int) else _known(size, rows)
+    return count
+
+
+def _known(size: torch.SymInt, rows: Rows) -> int:
+    number = sympy.sympify(size.node.expr).subs(rows)
+    if not number.is_number:
+        raise ValueError(f"the size {size} is known only at run time: give its value in `rows`")
+    return int(number)
+
+
+def storages_bytes(nodes: Iterable[fx.Node], rows: Rows) -> int:
+    """Bytes of the memory that these nodes own."""
+    return sum(tensor_bytes(node.meta.get("val"), rows) for node in nodes)
+
+
+def peak_bytes(gm: fx.GraphModule, rows: Rows | None = None) -> Peak:
+    """Where the most memory is alive when `gm` runs node by node. rows: values of sizes known only at run time; by default
+    balanced routing."""
+    walk = _Walk(gm.graph, balanced_rows(gm.graph) if rows is None else rows)
+    return walk.run()
+
+
+class _Walk:
+    """One pass over a graph. `live`: storages alive, by the node that owns them."""
+
+    def __init__(self, graph: fx.Graph, rows: Rows) -> None:
+        self.rows = rows
+        self.nodes = list(graph.nodes)
+        self.inputs = {n for n in self.nodes if n.op in ("placeholder", "get_attr")}
+        self.live: dict[fx.Node, int] = {}
+        self.total = 0
+        self.frees = self._last_uses()
+
+    def _last_uses(self) -> dict[int, list[fx.Node]]:
+        """By position: the storages that nothing reads after it. A tuple dies with the last element taken from it."""
+        last: dict[fx.Node, int] = {}
+        for index, node in enumerate(self.nodes):
+            for item in (node, *node.all_input_nodes):
+                last[storage_of(item)] = index
+        frees: dict[int, list[fx.Node]] = {}
+        for owner, index in last.items():
+            if owner not in self.inputs:
+                frees.setdefault(index, []).append(owner)
+        return frees
+
+    def run(self) -> Peak:
+        held = sum(tensor_bytes(n.meta.get("val"), self.rows) for n in self.inputs if n.op == "placeholder")
+        peak, at, holders = 0, "", dict[str, int]()
+        for index, node in enumerate(self.nodes):
+            if node.op == "call_function":
+                self._start(node)
+            if self.total > peak:
+                peak, at = self.total, node.name
+                holders = {owner.name: size for owner, size in self.live.items()}
+            for owner in self.frees.get(index, []):
+                self.total -= self.live.pop(owner, 0)
+        return Peak(held + peak, held, at, dict(sorted(holders.items(), key=lambda item: -item[1])))
+
+    def _start(self, node: fx.Node) -> None:
+        if storage_of(node) is not node:
+            return
+        size = tensor_bytes(node.meta.get("val"), self.rows)
+        if node.target is operator.getitem:  # moves from the tuple, which then holds the others only
+            source = node.args[0]
+            assert isinstance(source, fx.Node)
+            size = min(size, self.live.get(source, 0))
+            if source in self.live:
+                self.live[source] -= size
+                self.total -= size
+        self.live[node] = size
+        self.total += size
