@@ -195,14 +195,14 @@ def _reductions(
 
 
 def _exchange_buffers(numbers: SegmentNumbers, split: Split, groups: Groups) -> float:
-    """Send and receive buffers of the largest all-to-all."""
+    """The receive buffer of the largest all-to-all; what is sent is among the saved or recomputed activations."""
     largest = 0.0
     for op in numbers.ops:
         if op.op.attention is not None and split.heads > 1:
             largest = max(largest, *step_chain.attention_exchange_bytes(op, split.heads))
         elif op.op.kind is OpKind.GROUPED_GEMM and op.op.experts is not None and not groups.experts.trivial:
             largest = max(largest, step_chain.expert_exchange_bytes(op, split))
-    return 2 * largest
+    return largest
 
 
 def edge_pieces(nbytes: float, groups: Groups, backward: bool, prices: Prices) -> Chain:
