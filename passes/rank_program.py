@@ -17,7 +17,7 @@ from torch import fx
 
 from omnicompile.errors import InputError
 from omnicompile.passes.placement import Placement
-from omnicompile.plan import BlockPlan, Mesh
+from omnicompile.plan import BlockPlan, LossHead, Mesh
 
 GROUP_PREFIX = "axes:"  # of a group argument that is not bound yet
 DATA_AXES = "dp_replicate,dp_shard,sp"
@@ -99,6 +99,7 @@ class RankProgram:
     inputs: dict[str, InputSpec]
     param_dtype: torch.dtype | None = None
     reduce_dtype: torch.dtype | None = None
+    loss_head: LossHead = LossHead.FULL
     notes: list[str] = field(default_factory=list)
     groups: set[str] = field(default_factory=set)
     outputs: tuple[Placement, ...] = ()

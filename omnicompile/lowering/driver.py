@@ -97,6 +97,7 @@ def rank_program(
         inputs=inputs,
         param_dtype=None if compute == stored else compute,
         reduce_dtype=dtype_named(plan.reduce_dtype),
+        loss_head=plan.loss_head,
     )
 
 
