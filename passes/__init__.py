@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from omnicompile.passes.align_targets import align_targets_pass
 from omnicompile.passes.data_mean import insert_data_mean_pass
 from omnicompile.passes.expert_parallel import insert_expert_parallel_pass
 from omnicompile.passes.functional import remove_mutation_pass
@@ -16,6 +17,7 @@ __all__ = ["FORWARD_PASSES", "RankProgram", "bind_groups", "lower_forward"]
 
 FORWARD_PASSES: tuple[Pass, ...] = (
     Pass("functional", remove_mutation_pass, provides=frozenset({"functional"}), excludes=frozenset({"sequence"})),
+    Pass("align-targets", align_targets_pass, provides=frozenset({"aligned"}), excludes=frozenset({"sequence"})),
     Pass("loss", normalise_loss_pass, provides=frozenset({"global-loss"}), excludes=frozenset({"sequence"})),
     Pass(
         "data-mean",

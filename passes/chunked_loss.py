@@ -89,7 +89,7 @@ def _match(loss: fx.Node) -> _Head | str:
 
 def _step_of(node: fx.Node) -> list[Step] | None:
     """What a node does to the logits; None if it is not understood."""
-    if node.target in _VIEWS:
+    if node.target in _VIEWS or _keeps_all(node):
         return []
     if node.target in _CASTS:
         return [("cast", node.meta["val"].dtype)]
@@ -102,6 +102,14 @@ def _step_of(node: fx.Node) -> list[Step] | None:
         if node.target is aten.div.Tensor:
             return [("scale", 1.0 / factor)]
     return None
+
+
+def _keeps_all(node: fx.Node) -> bool:
+    """A slice of everything."""
+    source = node.args[0] if node.args else None
+    if node.target is not aten.slice.Tensor or not isinstance(source, fx.Node):
+        return False
+    return bool(source.meta["val"].shape == node.meta["val"].shape)
 
 
 def _replace(program: RankProgram, loss: fx.Node, head: _Head, rows: int) -> None:

@@ -195,7 +195,7 @@ def _choose(step: _Step, layer: str, nodes: list[fx.Node], policy: Recompute) ->
     for candidate in [*milder, policy]:
         again = _candidates(step, nodes, candidate)
         found = storages_bytes(_kept(step, needed, again), rows)
-        if found < bytes_kept or (candidate is Recompute.FULL and found == bytes_kept):
+        if found < bytes_kept:
             best, bytes_kept = again, found
     return Recomputed(layer, policy, before, bytes_kept, len(best)), best
 
