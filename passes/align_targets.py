@@ -21,9 +21,10 @@ _CASTS = frozenset({"aten::to", "aten::_to_copy", "aten::float"})
 def align_targets_pass(program: RankProgram, plan: Plan | None = None) -> RankProgram:
     """Predict the next token from all positions, the last of which has no target.
 
-    Before: `l = cross_entropy(flatten(logits[:, :-1]), t)` with t [batch * (s - 1)]. After: `l = cross_entropy(flatten(logits),
-    flatten(pad(view(t, [batch, s - 1]), [0, 1], ignore_index)))`. An ignored target counts neither in the sum nor in the
-    number of targets. s - 1 positions divide by no number of ranks and would be gathered; s positions stay cut.
+    Before: `l = cross_entropy(flatten(logits[:, :-1]), t)` with t [batch * (s - 1)]. After: `l =
+    cross_entropy(flatten(logits), flatten(pad(view(t, [batch, s - 1]), [0, 1], ignore_index)))`. An ignored target
+    counts neither in the sum nor in the number of targets. s - 1 positions divide by no number of ranks and would be
+    gathered; s positions stay cut.
     """
     aligned = 0
     for node in list(program.gm.graph.nodes):

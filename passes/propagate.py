@@ -111,8 +111,8 @@ def is_data_dependent(node: fx.Node) -> bool:
 
 @dataclass
 class Propagation:
-    """One walk over the graph for one axis. `actual` / `virtual`: placements of each node's outputs. `active`: nodes that
-    depend on the batch."""
+    """One walk over the graph for one axis. `actual` / `virtual`: placements of each node's outputs. `active`: nodes
+    that depend on the batch."""
 
     program: RankProgram
     ranks: int
@@ -172,7 +172,8 @@ class Propagation:
             )
 
     def _counts_images(self, node: fx.Node) -> bool:
-        """Whether an input is a batch of images or clips whose block is cut along what becomes of each, not dealt out."""
+        """Whether an input is a batch of images or clips whose block is cut along what becomes of each, not dealt
+        out."""
         value = node.meta["val"]
         many = value.is_floating_point() and value.dim() >= 3
         return many and any(self._layout(user) is Layout.SEQUENCE for user in node.users)

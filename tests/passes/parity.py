@@ -29,27 +29,23 @@ class Parity:
         return max(self.errors.items(), key=lambda item: item[1], default=("", 0.0))
 
 
-def shifted_targets(batch: Batch) -> int:
-    return int((batch["labels"][:, 1:] != -100).sum())
+def shifted_targets(batch: Batch, shift: int = 1) -> int:
+    """Targets of a batch whose model predicts the label `shift` positions ahead."""
+    return int((batch["labels"][:, shift:] != -100).sum())
 
 
-def reference(model: nn.Module, batches: list[Batch]) -> tuple[float, dict[str, Tensor]]:
+def reference(model: nn.Module, batches: list[Batch], shift: int = 1) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of the whole model on all batches, normalised by the targets of all."""
-    total = sum(shifted_targets(b) for b in batches)
+    total = sum(shifted_targets(b, shift) for b in batches)
     model.zero_grad()
     value = 0.0
     for batch in batches:
-        loss = model(**batch).loss * (shifted_targets(batch) / total)
+        loss = model(**batch).loss * (shifted_targets(batch, shift) / total)
         loss.backward()
         value += loss.item()
     grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return value, grads
-
-
-def reference_joined(model: nn.Module, batch: Batch) -> tuple[float, dict[str, Tensor]]:
-    """Loss and gradients of the whole model on one batch."""
-    return reference(model, [batch])
 
 
 def block_of(node: torch.fx.Node, encoders: tuple[str, ...]) -> str:
@@ -104,19 +100,27 @@ def captured_for(model: nn.Module, batch: Batch) -> tuple[CapturedForward, Lower
 
 
 def run_parity(
-    model: nn.Module, batches: list[Batch], mesh: Mesh, blocks: dict[str, BlockPlan], joined: Batch | None = None
+    model: nn.Module,
+    batches: list[Batch],
+    mesh: Mesh,
+    blocks: dict[str, BlockPlan],
+    joined: Batch | None = None,
+    shift: int = 1,
 ) -> Parity:
-    """Lower `model` for `mesh` and compare. batches: one per data rank, of equal shapes. joined: the global batch, for
-    the reference, where it is not the same to run them one after the other."""
+    """Lower `model` for `mesh` and compare.
+
+    batches: one per data rank, of equal shapes. joined: the global batch, for the reference, where it is not the same
+    to run them one after the other. shift: see `shifted_targets`.
+    """
     assert len(batches) == mesh.data_ranks
-    want_loss, want = reference_joined(model, joined) if joined is not None else reference(model, batches)
+    want_loss, want = reference(model, [joined] if joined is not None else batches, shift)
     captured, inputs = captured_for(model, batches[0])
     tokens = batches[0]["labels"].shape[1]
     original = program_of(captured, model, mesh, blocks, tokens)
     program = lower_forward(original)
     fixed = whole_values(original, captured, model)
     prepared = [inputs.prepare(batch) for batch in batches]
-    targets = torch.tensor(float(sum(shifted_targets(b) for b in batches)))
+    targets = torch.tensor(float(sum(shifted_targets(b, shift) for b in batches)))
 
     def whole(name: str, data_rank: int) -> Tensor:
         return fixed[name] if name in fixed else prepared[data_rank].get(name, targets)
