@@ -1,7 +1,11 @@
+import pytest
+import torch
+from torch import Tensor
+
 from omnicompile.capture.liveness import analyse
 from omnicompile.program import Recompute, Sym
 
-from .small import WIDTH, Language, joint_of, program_of, reader
+from .small import TOKENS, WIDTH, Language, joint_of, program_of, reader, text
 
 ROW = WIDTH * 4
 
@@ -56,3 +60,23 @@ def test_peaks_hold_no_registers() -> None:
     """Between two products a chain of pointwise work needs its source, and its result which is kept."""
     joint = joint_of(lambda x, w: (((x @ w).neg() + 1) * 2 - 3) @ w)
     assert analyse(joint, reader(), {}, {}).forward_peak.coeff(Sym.S) <= ROW
+
+
+def test_what_is_kept_is_what_eager_autograd_keeps() -> None:
+    """The bytes of all distinct tensors, parameters and inputs left out, that autograd saves in a real forward."""
+    model, batch = Language(), text()
+    known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *batch.values())}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = model(**batch)
+    program = program_of(model)
+    expected = sum(s.saved[Recompute.NONE].nbytes.subs(Sym.S, TOKENS) * s.count for s in program.segments)
+    assert float(expected) == pytest.approx(sum(kept.values()), rel=0.02)
+    assert loss.requires_grad

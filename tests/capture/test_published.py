@@ -16,12 +16,22 @@ from omnicompile.program import Op, OpKind, Phase, Program, Recompute, Segment, 
 from omnicompile.workload import Workload
 
 from .captures import Captured, capture, evaluate, flops
-from .closed_form import Count, Sample, count
+from .closed_form import Count, Parts, Sample, count
 from .zoo import EXAMPLES, ZOO, Entry
 
 FAST = ("Llama-3.1-8B", "Qwen2-VL-7B")
 CUSTOM = "examples/custom_model.py"
 TOLERANCE = 5e-3
+# Where tracing every layer takes no more than about a minute.
+FULL_DEPTH = (
+    "Llama-3.1-8B",
+    "Qwen2-VL-7B",
+    "Qwen2.5-VL-7B",
+    "Qwen3-VL-8B",
+    "Janus-Pro-7B",
+    "Whisper-large-v3",
+    "SigLIP-so400m",
+)
 HUGGING_FACE = [name for name in ZOO if name != CUSTOM]
 
 
@@ -150,20 +160,36 @@ def test_every_recompute_policy_keeps_less_than_the_one_before(name: str) -> Non
             assert kept[1] > kept[2], segment.name
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", HUGGING_FACE)
-def test_repeated_layers_agree_with_every_layer_traced(name: str) -> None:
-    """With all widths as published and the depth of each stack cut to six layers, which takes minutes otherwise."""
-    entry = ZOO[name]
-    parts = entry.small_parts()
-    short, whole = (capture(entry.build_small(), Workload(), repeat=repeat) for repeat in (True, False))
+def _agree(name: str, short: Captured, whole: Captured, parts: Parts) -> None:
+    """Two captures of one model have equal parameters and FLOPs, which are those of the closed form."""
     assert short.program.param_count == whole.program.param_count
     for workload in workloads(short):
         a, b = short.at(workload), whole.at(workload)
         s = a.sample
-        expected = count(
-            entry.family, parts, Sample(s.seq_len, s.images, short.grid(workload), s.clips, s.frames_per_clip)
-        )
+        sample = Sample(s.seq_len, s.images, short.grid(workload), s.clips, s.frames_per_clip)
+        expected = count(ZOO[name].family, parts, sample)
         for phase, closed in ((Phase.FORWARD, expected.forward), (Phase.BACKWARD, expected.backward)):
             assert flops(a, phase) == pytest.approx(flops(b, phase), rel=1e-9)
             assert flops(a, phase) == pytest.approx(closed, rel=TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", HUGGING_FACE)
+def test_repeated_layers_agree_with_every_layer_traced(name: str) -> None:
+    """With all widths as published and six layers in each stack."""
+    entry = ZOO[name]
+    short, whole = (capture(entry.build_small(), Workload(), repeat=repeat) for repeat in (True, False))
+    _agree(name, short, whole, entry.small_parts())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FULL_DEPTH)
+def test_repeated_layers_agree_with_every_layer_traced_at_full_depth(name: str) -> None:
+    _agree(name, captured(name), capture(ZOO[name].build(), Workload(), repeat=False), ZOO[name].parts)
+
+
+def test_the_document_lists_every_model_with_its_parameters() -> None:
+    text = (EXAMPLES.parent / "docs" / "models.md").read_text()
+    for entry in ZOO.values():
+        assert f"| {entry.name} | {entry.params:,} | {entry.published} |" in text
+        assert f"- {entry.name}: {entry.source}." in text
