@@ -106,8 +106,8 @@ def chunk_loss_pass(gm: fx.GraphModule) -> str:
     if len(found) != 1:
         return f"the forward has {len(found)} cross-entropies"
     loss = found[0]
-    given = loss.args
-    logits, targets, weight, reduction, ignore, smoothing = (*given, *_DEFAULTS[len(given) :])
+    given: list[Any] = list(loss.args)
+    logits, targets, weight, reduction, ignore, smoothing = given + list(_DEFAULTS[len(given) :])
     if weight is not None or smoothing or reduction != _SUM:
         return "the cross-entropy is weighted, smoothed or not a sum"
     linear = _linear_behind(logits)

@@ -69,7 +69,7 @@ class Budget:
         if merge is None or token is None:
             raise CaptureError("the configuration names no image placeholder token, so batches cannot be filled up")
         kinds = example[_KINDS].dtype if _KINDS in example else torch.int64
-        return Budget(length, PackedImages(*pixels.shape, int(merge), token, pixels.dtype, kinds))
+        return Budget(length, PackedImages(pixels.shape[0], pixels.shape[1], int(merge), token, pixels.dtype, kinds))
 
     def fill(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """`batch` at the size of the budget. Raises InputError when it is larger, or leaves no room for the padding."""

@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from omnicompile.errors import LoweringError
-from omnicompile.lowering.chunked_loss import chunk_loss_pass
 from omnicompile.lowering.driver import (
     Lower,
     Targets,
@@ -23,6 +22,7 @@ from omnicompile.lowering.driver import (
 )
 from omnicompile.lowering.graph_capture import CapturedForward, LoweredInputs, capture_forward
 from omnicompile.lowering.host_program import is_host_input
+from omnicompile.passes.chunked_loss import has_chunked_loss
 from omnicompile.passes.placement import Partial, Replicate, Shard
 from omnicompile.passes.rank_program import DATA_AXES, RankProgram, bind_groups
 from omnicompile.plan import LossHead, Plan
@@ -142,8 +142,8 @@ class Engine:
             requires_grad = {name: p.requires_grad for name, p in self.model.named_parameters()}
             initial = rank_program(forward, self.plan, requires_grad, _lengths(batch), self._stored)
             lowered = self._lower(initial)
-            if self.plan.loss_head is LossHead.CHUNKED and not logits and (why := chunk_loss_pass(lowered.gm)):
-                warnings.warn(f"the plan's chunked loss head is left whole: {why}", stacklevel=2)
+            if self.plan.loss_head is LossHead.CHUNKED and not logits and not has_chunked_loss(lowered):
+                warnings.warn(f"the plan's chunked loss head is left whole: {'; '.join(lowered.notes)}", stacklevel=2)
             require_same({"lowered graph": lowered.gm.code}, self.mesh.control)
             self._programs[key] = self._load(lowered, capture.forward)
         return self._programs[key]

@@ -89,29 +89,35 @@ def pick_device(device_type: str | None) -> torch.device:
     return torch.device("cpu")
 
 
-def build_mesh(mesh: Mesh, device_type: str | None = None) -> RuntimeMesh:
-    """Set up the process groups of `mesh`, starting torch.distributed under torchrun if nobody has.
-
-    Raises PlanError when the number of processes is not the mesh's, or the mesh has degrees that cannot be executed.
-    """
+def start_processes(device_type: str | None) -> torch.device | None:
+    """Start torch.distributed under torchrun if nobody has. Returns this process's device, None for a single one."""
     device = pick_device(device_type)
-    for name in ("tp", "cp", "pp"):
-        if getattr(mesh, name) != 1:
-            raise PlanError(f"the plan has {name}={getattr(mesh, name)}, which is priced but cannot be executed yet")
     if not dist.is_initialized():
         if "RANK" not in os.environ:
-            raise PlanError(
-                f"the plan is for {mesh.world} processes, and this is a single one: start it with "
-                f"`torchrun --nproc-per-node {mesh.world} ...`"
-            )
+            return None
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    return device
+
+
+def control_group() -> dist.ProcessGroup:
+    """A group of all ranks for exchanges on the host."""
+    return dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+
+
+def build_mesh(mesh: Mesh, device_type: str | None = None) -> RuntimeMesh:
+    """Set up for the ranks of `mesh`. Raises PlanError when the number of processes is not the mesh's."""
+    device = start_processes(device_type)
+    if device is None:
+        raise PlanError(
+            f"the plan is for {mesh.world} processes, and this is a single one: start it with "
+            f"`torchrun --nproc-per-node {mesh.world} ...`"
+        )
     world = dist.get_world_size()
     if world != mesh.world:
         raise PlanError(
             f"the plan is for {mesh.world} processes, and there are {world}: start `torchrun --nproc-per-node "
             f"{mesh.world}`, or plan for {world} GPUs"
         )
-    control = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
-    return RuntimeMesh(mesh, dist.get_rank(), device, control)
+    return RuntimeMesh(mesh, dist.get_rank(), device, control_group())

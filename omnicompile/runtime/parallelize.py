@@ -7,9 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 
-from omnicompile.errors import InputError, PlanError
+import omnicompile
+from omnicompile.cluster import Cluster
+from omnicompile.errors import InputError, OmniCompileError, PlanError
 from omnicompile.lowering.driver import Lower, default_lower
 from omnicompile.lowering.graph_capture import DEFAULT_SEGMENTS
 from omnicompile.plan import Plan
@@ -17,10 +20,11 @@ from omnicompile.runtime.agreement import require_same
 from omnicompile.runtime.backends import BACKENDS
 from omnicompile.runtime.budget import Budget
 from omnicompile.runtime.engine import Engine, batch_signature
-from omnicompile.runtime.mesh import build_mesh, pick_device
+from omnicompile.runtime.mesh import build_mesh, control_group, pick_device, start_processes
 from omnicompile.runtime.parallel_module import ParallelModule, to_host
 from omnicompile.runtime.plain_module import PlainModule
 from omnicompile.support import not_executable
+from omnicompile.workload import Workload
 
 
 def parallelize(
@@ -28,30 +32,33 @@ def parallelize(
     plan: Plan | None = None,
     device_type: str | None = None,
     example_batch: Mapping[str, Any] | None = None,
-    backend: str = "eager",
+    backend: str | None = None,
     master_dtype: torch.dtype = torch.float32,
     segments: int = DEFAULT_SEGMENTS,
     lower: Lower = default_lower,
 ) -> ParallelModule | PlainModule:
     """Distribute `model` under `plan` over the processes that torchrun started.
 
-    model: with its weights, the same on every rank; it is not changed. plan: None only with one process, where the
-    plain model is returned. device_type: "cuda", "cpu", or None for what there is. example_batch: a batch of the budget
-    that training batches have; its values do not matter. backend: "inductor" compiles forward and backward as one
-    graph, "step" runs that graph as it is, "torch.compile" hands the rewritten forward to torch.compile, "eager" runs
-    it under autograd. master_dtype: of the stored parameters. segments: most images or windows in a batch.
+    model: with its weights, the same on every rank; it is not changed. plan: None plans first, for these processes and
+    this budget; with one process the plain model is returned. device_type: "cuda", "cpu", or None for what there is.
+    example_batch: a batch of the budget that training batches have; its values do not matter. backend: "inductor" (None
+    on GPUs) compiles forward and backward as one graph, "step" (None on CPUs) runs that graph as it is, "torch.compile"
+    hands the rewritten forward to torch.compile, "eager" runs it under autograd. master_dtype: of stored parameters.
+    segments: most images or windows in a batch.
 
     Raises PlanError when the processes do not fit the plan, LoweringError when the plan cannot be executed or ranks
     disagree, CaptureError when the model cannot be traced.
     """
+    device = pick_device(device_type)
+    backend = backend or ("inductor" if device.type == "cuda" else "step")
     if backend not in BACKENDS:
         raise InputError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if plan is None and _processes() > 1:
+        plan = _plan_together(model, device_type, example_batch)
     if plan is not None and (unsupported := not_executable(plan)):
         raise PlanError(f"the plan asks for what cannot be executed yet: {'; '.join(unsupported)}")
-    if plan is None or plan.mesh.world == 1:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise InputError("give parallelize a plan for these processes: omnicompile.plan(...) makes one")
-        return PlainModule(model.to(pick_device(device_type)))
+    if plan is None or plan.mesh.world == _processes() == 1:
+        return PlainModule(model.to(device))
     if example_batch is None:
         raise InputError("give parallelize an example_batch of the budget that training batches are padded to")
     mesh = build_mesh(plan.mesh, device_type)
@@ -67,6 +74,45 @@ def parallelize(
     budget = Budget.of(model, batch)
     module = ParallelModule(engine, loaded.program.params, dict(model.named_parameters()), budget)
     return module.train(model.training)
+
+
+def _processes() -> int:
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _plan_together(model: nn.Module, device_type: str | None, example: Mapping[str, Any] | None) -> Plan:
+    """The planner's choice for the processes at hand, made on rank 0 for all."""
+    if example is None:
+        raise InputError("give parallelize an example_batch of the budget that training batches are padded to")
+    device = start_processes(device_type)
+    assert device is not None
+    found: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            found[0] = omnicompile.plan(model, _cluster(device), _workload(example))
+        except OmniCompileError as error:
+            found[0] = error
+    dist.broadcast_object_list(found, src=0, group=control_group())
+    if isinstance(found[0], OmniCompileError):
+        raise found[0]
+    return found[0]
+
+
+def _cluster(device: torch.device) -> Cluster:
+    world = dist.get_world_size()
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", str(world)))
+    name = torch.cuda.get_device_name(device).lower() if device.type == "cuda" else ""
+    known = next((gpu for gpu in ("h200", "h100", "h800", "b200", "a100") if gpu in name), "h100")
+    return Cluster(gpus=world, gpu=known, gpus_per_node=local)
+
+
+def _workload(example: Mapping[str, Any]) -> Workload:
+    """One sample as long as the budget, with the example's number of images."""
+    ids, grids = example.get("input_ids"), example.get("image_grid_thw")
+    if not isinstance(ids, Tensor):
+        raise InputError("the example_batch has no input_ids: make a plan with omnicompile.plan and give it")
+    images = grids.shape[0] if isinstance(grids, Tensor) else (0 if "pixel_values" not in example else None)
+    return Workload(seq_len=ids.shape[-1], images=images)
 
 
 def _plan_lines(plan: Plan) -> str:
