@@ -49,11 +49,24 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     environment = _environment()
     data = {"environment": environment, "figures": [asdict(r) for r in results], "veomni": points}
-    (args.out / "paper_figures.json").write_text(json.dumps(data, indent=1) + "\n")
+    (args.out / "paper_figures.json").write_text(json_text(data))
     text = markdown(results, points, environment)
     (args.out / "paper_figures.md").write_text(text)
     print(text)
     return 1 if any(p.error for r in results for p in r.points) else 0
+
+
+def json_text(data: Any) -> str:
+    """JSON with five significant digits and a line per point."""
+    return json.dumps(_rounded(data)).replace(', {"', ',\n{"') + "\n"
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(entry) for entry in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def _arguments() -> argparse.Namespace:

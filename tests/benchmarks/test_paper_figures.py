@@ -48,7 +48,7 @@ def test_a_figure_of_a_tiny_model(figures: ModuleType, tmp_path: Path) -> None:
     assert not [check for check in result.checks if "best plan" in check or "needs less memory" in check]
     text = figures.markdown([result], [], {"date": "today"})
     assert "A tiny model" in text and "SP 2:" in text
-    json.dumps(points.asdict(result))
+    assert json.loads(figures.json_text({"figures": [points.asdict(result)]}))["figures"][0]["points"]
 
 
 def test_checks_find_what_cannot_be_right(figures: ModuleType) -> None:
