@@ -50,6 +50,7 @@ class Figure:
     stated_length: int = 0
     stated_mfu: float = 0.0
     stated_speed: float = 0.0
+    remark: str = ""
 
 
 FIGURES = (
@@ -71,6 +72,7 @@ FIGURES = (
         "SP 1, 2, 4 with EP 1, 2, 4, lengths 16K to 192K; up to 160K tokens, and over 2,800 tokens/s/GPU "
         "(SP, EP and length of that point not stated)",
         160 * K, stated_speed=2800.0,
+        remark=" (Qwen3-30B-A3B with the vision and audio encoders of Qwen2.5-Omni; without the paper's image decoder)",
     ),
 )  # fmt: skip
 
@@ -316,6 +318,7 @@ class Unstated:
 
 
 ASSUMED = Unstated("h100", VEOMNI_GPUS, "fa3")
+# Chosen after seeing the errors with ASSUMED, to see what could explain them: not to be read as a better prediction.
 OTHERS = (
     Unstated("h100", VEOMNI_GPUS, "fa2"), Unstated("h800", VEOMNI_GPUS, "fa3"), Unstated("h800", VEOMNI_GPUS, "fa2"),
     Unstated("h100", 32, "fa3"), Unstated("h800", 32, "fa2"),
