@@ -201,9 +201,9 @@ def _means_text(points: list[dict[str, Any]]) -> list[str]:
     assumptions = [{"gpu": "h100", "gpus": VEOMNI_GPUS, "attention": "fa3"}]
     assumptions += [{k: o[k] for k in ("gpu", "gpus", "attention")} for o in points[0]["with_other_assumptions"]]
     lines = [
-        "Mean errors with these assumptions, and with other guesses at what the figure leaves open. The guesses were made",
-        "after seeing the errors of the first row: they show what could explain these errors, not that it does. The first",
-        "row is the result. The cost model is the same in all rows.", "",
+        "Mean errors with these assumptions, and with other guesses at what the figure leaves open. The guesses were",
+        "made after seeing the errors of the first row: they show what could explain these errors, not that it does.",
+        "The first row is the result. The cost model is the same in all rows.", "",
         "| GPU | GPUs | attention | points | t/s: mean error | mean absolute | allocated: mean error | mean absolute |",
         "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
