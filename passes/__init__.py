@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from omnicompile.passes.align_targets import align_targets_pass
+from omnicompile.passes.chunked_loss import fuse_loss_head_pass
 from omnicompile.passes.data_mean import insert_data_mean_pass
 from omnicompile.passes.expert_parallel import insert_expert_parallel_pass
 from omnicompile.passes.functional import remove_mutation_pass
@@ -38,6 +39,13 @@ FORWARD_PASSES: tuple[Pass, ...] = (
         insert_expert_parallel_pass,
         requires=frozenset({"sequence"}),
         provides=frozenset({"experts"}),
+        excludes=frozenset({"parameters"}),
+    ),
+    Pass(
+        "chunked-loss",
+        fuse_loss_head_pass,
+        requires=frozenset({"sequence"}),
+        provides=frozenset({"loss-head"}),
         excludes=frozenset({"parameters"}),
     ),
     Pass(

@@ -29,14 +29,18 @@ def fuse_loss_head_pass(program: RankProgram, plan: Plan | None = None, rows: in
     """Fuse the head's linear with the cross-entropy that reads its logits, if the plan asks for the chunked loss head.
 
     Before: `z = linear(h, w); l = cross_entropy_loss(view(to(z, float32)), y, reduction=sum)`.
-    After: `l = chunked_cross_entropy(h, w, y)`, which has `rows` tokens' logits at a time and computes the gradients of h
-    and w with the loss, to be multiplied by the incoming cotangent in the backward.
+    After: `l = chunked_cross_entropy(h, w, y)`, which has `rows` tokens' logits at a time and computes the gradients of
+    h and w with the loss, to be multiplied by the incoming cotangent in the backward.
 
-    Safe because a sum over tokens is the sum over chunks, and its gradient is linear in the cotangent of the loss. Scaled
-    and soft-capped logits are understood. A head that is anything else, or whose logits something else reads, stays whole,
-    and `program.notes` says why. It works on what a rank holds of h and y, so it runs after these are cut over ranks.
+    Safe because a sum over tokens is the sum over chunks, and its gradient is linear in the cotangent of the loss.
+    Scaled and soft-capped logits are understood. A head that is anything else, or whose logits something else reads,
+    stays whole, and `program.notes` says why. A program that gives its logits out is left alone. It works on what a
+    rank holds of h and y, so it runs after these are cut over ranks.
     """
     if (plan.loss_head if plan is not None else program.loss_head) is not LossHead.CHUNKED:
+        return program
+    if len(program.output_nodes()) > 1:
+        program.log.append("chunked loss: none, since the logits are asked for")
         return program
     losses = list(program.gm.graph.find_nodes(op="call_function", target=aten.cross_entropy_loss.default))
     fused = 0
@@ -54,6 +58,11 @@ def fuse_loss_head_pass(program: RankProgram, plan: Plan | None = None, rows: in
     program.gm.recompile()
     program.log.append(f"chunked loss: {fused} of {len(losses)} heads, {rows} tokens at a time")
     return program
+
+
+def has_chunked_loss(program: RankProgram) -> bool:
+    """Whether the pass has fused a head of this program."""
+    return bool(program.gm.graph.find_nodes(op="call_function", target=chunked_cross_entropy))
 
 
 @dataclass(frozen=True)
@@ -114,14 +123,22 @@ def _keeps_all(node: fx.Node) -> bool:
 
 def _replace(program: RankProgram, loss: fx.Node, head: _Head, rows: int) -> None:
     values, linear = schema_values(loss), schema_values(head.linear)
-    args = (linear["input"], linear["weight"], linear["bias"], values["target"], values["ignore_index"], rows, head.steps)
+    args = (
+        linear["input"],
+        linear["weight"],
+        linear["bias"],
+        values["target"],
+        values["ignore_index"],
+        rows,
+        head.steps,
+    )
     with program.gm.graph.inserting_before(loss):
         new = program.gm.graph.call_function(chunked_cross_entropy, args)
     new.meta = {**loss.meta, "role": ROLE}
     loss.replace_all_uses_with(new)
 
 
-# At run time -----------------------------------------------------------------------------------------------------------
+# At run time -------------------------------------------------------------------------------------------------------
 
 
 def chunked_cross_entropy(
@@ -129,8 +146,8 @@ def chunked_cross_entropy(
 ) -> Tensor:
     """Sum over tokens of -log softmax(steps(hidden @ weight.T + bias))[target], 0 where the target is `ignore`.
 
-    hidden [..., hidden], weight [classes, hidden], bias [classes], target [tokens]. The gradient of the weight is summed
-    over chunks in the weight's dtype, in one buffer.
+    hidden [..., hidden], weight [classes, hidden], bias [classes], target [tokens]. The gradient of the weight is
+    summed over chunks in the weight's dtype, in one buffer.
     """
     return _ChunkedLoss.apply(hidden, weight, bias, target, ignore, rows, steps)
 
@@ -138,7 +155,14 @@ def chunked_cross_entropy(
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, ignore: int, rows: int, steps: Any
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        ignore: int,
+        rows: int,
+        steps: Any,
     ) -> Tensor:
         flat, labels = hidden.flatten(0, -2), target.flatten()
         sums = _Sums(ctx.needs_input_grad[:3])

@@ -1,8 +1,8 @@
 """Bytes alive at every node of a graph, by walking it once.
 
-A tensor's memory lives from the node that makes it to the last use of any view of it. Inputs live all the time, since the
-caller holds them. While a node runs, what it reads and what it makes are both alive; temporaries inside a kernel are not
-seen. Equal to what torch's MemTracker measures when the graph is run.
+A tensor's memory lives from the node that makes it to the last use of any view of it. Inputs live all the time, since
+the caller holds them. While a node runs, what it reads and what it makes are both alive; temporaries inside a kernel
+are not seen. Equal to what torch's MemTracker measures when the graph is run.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ Rows = Mapping[sympy.Symbol, int]
 
 @dataclass(frozen=True)
 class Peak:
-    """total: bytes at the peak, inputs included. inputs: bytes of the inputs. node: where the peak is, by name. holders:
-    name of the node that made a tensor alive at the peak -> its bytes, largest first, inputs not included."""
+    """total: bytes at the peak, inputs included. inputs: bytes of the inputs. node: where the peak is, by name.
+    holders: name of the node that made a tensor alive at the peak -> its bytes, largest first, inputs not included."""
 
     total: int
     inputs: int
@@ -51,7 +51,8 @@ def storage_of(node: fx.Node) -> fx.Node:
 
 
 def balanced_rows(graph: fx.Graph) -> dict[sympy.Symbol, int]:
-    """A value for each size that is known only at run time: rows that arrive from one rank, if all send each equally many."""
+    """A value for each size that is known only at run time: rows that arrive from one rank, if all send each equally
+    many."""
     rows: dict[sympy.Symbol, int] = {}
     for node in graph.find_nodes(op="call_function", target=_EXCHANGE):
         source, splits = node.args[0], node.args[1]
@@ -93,8 +94,8 @@ def storages_bytes(nodes: Iterable[fx.Node], rows: Rows) -> int:
 
 
 def peak_bytes(gm: fx.GraphModule, rows: Rows | None = None) -> Peak:
-    """Where the most memory is alive when `gm` runs node by node. rows: values of sizes known only at run time; by default
-    balanced routing."""
+    """Where the most memory is alive when `gm` runs node by node. rows: values of sizes known only at run time; by
+    default balanced routing."""
     walk = _Walk(gm.graph, balanced_rows(gm.graph) if rows is None else rows)
     return walk.run()
 

@@ -1,8 +1,8 @@
 """Recompute: values that the backward reads are computed again instead of being kept from the forward.
 
-What is kept is what the planner prices (capture/liveness.py): under `selective` results of GEMMs, attention, experts and
-collectives and whatever is not cheap; under `full` what flows into a layer. A policy that would keep no less than a milder
-one does as that one.
+What is kept is what the planner prices (capture/liveness.py): under `selective` results of GEMMs, attention, experts
+and collectives and whatever is not cheap; under `full` what flows into a layer. A policy that would keep no less than a
+milder one does as that one.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ def recompute_pass(gm: fx.GraphModule, blocks: Mapping[str, BlockPlan]) -> list[
     After: `a = f(x); b = g(a); ...; a2 = f(x); da = dg(a2, db); dx = df(x, da)`: `a` dies in the forward, and each copy
     stands right before its first use in the backward. Collectives inside are issued again by all ranks alike.
 
-    Safe because a copy reads what the original read and gives the same bits. Kept in any case: results of operators that
-    draw random numbers or write in place, sizes and what they come from, and choices (integers made from floating-point
-    values, such as the experts of a token), so that a second run cannot choose otherwise. Whole parameters are left to the
-    step graph's own second gather, which serves the copies too. Runs before it.
+    Safe because a copy reads what the original read and gives the same bits. Kept in any case: results of operators
+    that draw random numbers or write in place, sizes and what they come from, and choices (integers made from
+    floating-point values, such as the experts of a token), so that a second run cannot choose otherwise. Whole
+    parameters are left to the step graph's own second gather, which serves the copies too. Runs before it.
     """
     step = _Step.of(gm)
     done: list[Recomputed] = []
@@ -149,7 +149,9 @@ def _candidates(step: _Step, nodes: list[fx.Node], policy: Recompute) -> set[fx.
     }
     if policy is Recompute.SELECTIVE:
         kept |= {storage_of(n) for n in nodes if storage_of(n) is n and not _is_light(_producer(n))}
-    return {n for n in nodes if storage_of(n) not in kept and storage_of(_producer(n)) not in kept and _repeatable(step, n)}
+    return {
+        n for n in nodes if storage_of(n) not in kept and storage_of(_producer(n)) not in kept and _repeatable(step, n)
+    }
 
 
 def _is_light(node: fx.Node) -> bool:

@@ -1,7 +1,7 @@
 """Where a node of a step graph comes from: phase, block and layer.
 
-The trace of a step hands metadata of the forward's nodes on: `phase`, `block`, `role`, `nn_module_stack`. Passes on step
-graphs mark what they add with a phase of its own.
+The trace of a step hands metadata of the forward's nodes on: `phase`, `block`, `role`, `nn_module_stack`. Passes on
+step graphs mark what they add with a phase of its own.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ def is_forward(node: fx.Node) -> bool:
 
 
 def layer_of(node: fx.Node) -> str:
-    """Path of the outermost numbered module ("model.layers.3") that the node was traced in; "" outside of such modules."""
+    """Path of the outermost numbered module ("model.layers.3") that the node was traced in; "" outside of such
+    modules."""
     stack = node.meta.get("nn_module_stack") or {}
     paths = [str(entry[0]) for entry in stack.values()]
     found = _NUMBERED.match(paths[-1]) if paths else None
@@ -29,8 +30,8 @@ def layer_of(node: fx.Node) -> str:
 
 
 def forward_layers(nodes: Iterable[fx.Node]) -> dict[str, list[fx.Node]]:
-    """The forward's calls in each layer, in order. A node without a module path (a cast that a pass put in) belongs to the
-    layer of its users if they agree."""
+    """The forward's calls in each layer, in order. A node without a module path (a cast that a pass put in) belongs to
+    the layer of its users if they agree."""
     calls = [node for node in nodes if node.op == "call_function" and is_forward(node)]
     found: dict[fx.Node, str] = {}
     for node in reversed(calls):

@@ -15,8 +15,9 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from omnicompile.errors import LoweringError
-from omnicompile.lowering.recompute import FORWARD, is_forward, recompute_pass
 from omnicompile.passes.rank_program import RankProgram
+from omnicompile.passes.recompute import recompute_pass
+from omnicompile.passes.segments import FORWARD, is_forward
 from omnicompile.torch_compat import FakeTensorMode, new_fake_mode, nodes_traced_since, traced_nodes
 
 _HANDED_ON = ("block", "role", "param", "nn_module_stack")
@@ -74,7 +75,7 @@ def trace_step(program: RankProgram) -> StepGraph:
         gm = make_fx(step)(*fakes)
     _audit(nodes, [i for i in trained if i not in used])
     _name_placeholders(gm, nodes)
-    recomputed = recompute_pass(gm, {name: block.recompute for name, block in program.blocks.items()})
+    recomputed = sum(layer.again for layer in recompute_pass(gm, program.blocks))
     keeps = {name for name, block in program.blocks.items() if not block.reshard}
     freed = {n.name for n in nodes if n.name in program.params and n.meta.get("block") not in keeps}
     gathers = gather_again(gm, freed)

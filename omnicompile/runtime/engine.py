@@ -26,6 +26,7 @@ from omnicompile.passes.chunked_loss import has_chunked_loss
 from omnicompile.passes.placement import Partial, Replicate, Shard
 from omnicompile.passes.rank_program import DATA_AXES, RankProgram, bind_groups
 from omnicompile.plan import LossHead, Plan
+from omnicompile.recompute import Recompute
 from omnicompile.runtime.agreement import require_same
 from omnicompile.runtime.backends import Backend, Function
 from omnicompile.runtime.mesh import RuntimeMesh
@@ -123,6 +124,13 @@ class Engine:
         self._lower, self._backend, self._stored, self._segments = lower, backend, stored, segments
         self._captures: dict[str, Capture] = {}
         self._programs: dict[tuple[str, bool], LoadedProgram] = {}
+        recomputed = sorted(name for name, block in plan.blocks.items() if block.recompute is not Recompute.NONE)
+        if recomputed and backend.make_step is None:
+            warnings.warn(
+                f"the plan recomputes activations of {', '.join(recomputed)}; this backend keeps them all, with equal "
+                'results and more memory: use backend="inductor" or "step"',
+                stacklevel=3,
+            )
 
     def capture(self, batch: Mapping[str, Any], signature: str) -> Capture:
         if signature not in self._captures:
@@ -139,7 +147,7 @@ class Engine:
             capture = self.capture(batch, signature)
             wanted = ("loss", "logits") if logits else ("loss",)
             forward = with_outputs(capture.forward, wanted)
-            requires_grad = {name: p.requires_grad for name, p in self.model.named_parameters()}
+            requires_grad = {n: p.requires_grad for n, p in self.model.named_parameters(remove_duplicate=False)}
             initial = rank_program(forward, self.plan, requires_grad, _lengths(batch), self._stored)
             lowered = self._lower(initial)
             if self.plan.loss_head is LossHead.CHUNKED and not logits and not has_chunked_loss(lowered):
