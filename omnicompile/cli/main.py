@@ -17,7 +17,7 @@ from typing import NoReturn, Protocol
 from omnicompile.errors import OmniCompileError
 
 # A command is one module with `HELP`, `EXAMPLES`, `add_arguments` and `run`, and one name here.
-COMMANDS = ("plan", "inspect", "verify", "doctor")
+COMMANDS = ("plan", "inspect", "show", "verify", "doctor")
 DESCRIPTION = "Plan, inspect and run distributed training of unmodified PyTorch models, omni-modal ones above all."
 EPILOG = """\
 examples:

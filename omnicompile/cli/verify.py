@@ -11,6 +11,8 @@ from omnicompile.cli.progress import emit, working
 from omnicompile.errors import InputError, VerificationError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from omnicompile.capture.source import ModelSource
     from omnicompile.lowering.proof import ProofReport
     from omnicompile.lowering.tiny import TinyModel
@@ -46,7 +48,7 @@ def add_tiny_plan(parser: argparse.ArgumentParser) -> None:
         "--pin", action="append", default=[], metavar="KEY=VALUE", help="a choice, such as mesh.sp=4 (repeatable)"
     )
     parser.add_argument(
-        "--dtype", choices=("float32", "float64"), default="float32", help="of the computation (float32)"
+        "--dtype", choices=("float32", "float64"), help="of the computation (float64 where the operators allow)"
     )
 
 
@@ -61,14 +63,10 @@ def run(args: argparse.Namespace) -> int:
         try:
             report = prove(tiny, plan, source.spec)
         except VerificationError as error:
-            failure = " ".join(str(error).split())
-            report = None
+            failure, report = " ".join(str(error).split()), None
     if report is None:
-        emit(
-            json.dumps({"model": source.spec, "equal": False, "failure": failure})
-            if args.json
-            else f"NOT EQUAL: {failure}"
-        )
+        failed = {"model": source.spec, "equal": False, "failure": failure}
+        emit(json.dumps(failed) if args.json else f"NOT EQUAL: {failure}")
         return 1
     emit(json.dumps(_json(report, args.top), indent=2) if args.json else _text(report, args.top))
     return 0 if report.equal else 1
@@ -76,31 +74,35 @@ def run(args: argparse.Namespace) -> int:
 
 def tiny_plan(args: argparse.Namespace, show: Any) -> tuple[ModelSource, TinyModel, Plan]:
     """The source, its tiny copy, and the plan to lower it with."""
-    if args.gpus < 1:
-        raise InputError(f"--gpus must be at least 1, got {args.gpus}")
     import torch
 
     from omnicompile.capture.source import load_model_source
-    from omnicompile.lowering import proof_plan
+    from omnicompile.lowering.proof_plan import count_experts, reduced_plan
     from omnicompile.lowering.tiny import tiny_copy
-    from omnicompile.recipe import load_recipe, parse_pins
+    from omnicompile.recipe import load_recipe
 
     recipe = load_recipe(args.recipe) if args.recipe is not None else None
-    pins = parse_pins(args.pin)
     source = load_model_source(args.model, args.config)
     show("making a tiny copy")
-    tiny = tiny_copy(source, getattr(torch, args.dtype))
-    experts = proof_plan.count_experts(tiny.model)
-    if recipe is None:
-        plan = proof_plan.default_plan(tiny, args.gpus)
-    else:
-        plan = proof_plan.reduced_plan(recipe, args.gpus, experts)
-    if pins:
-        from omnicompile.planner.pins import parse_pins as typed
+    tiny = tiny_copy(source, {"float64": torch.float64, "float32": torch.float32}.get(args.dtype))
+    if recipe is not None:
+        recipe = reduced_plan(recipe, args.gpus, count_experts(tiny.model))
+    return source, tiny, chosen_plan(args, tiny.model, tiny.batch(0), recipe)
 
-        chosen = typed(pins, _blocks_only(plan))
-        plan = proof_plan.with_choices(plan, chosen.mesh, chosen.blocks, experts)
-    return source, tiny, plan
+
+def chosen_plan(args: argparse.Namespace, model: nn.Module, batch: dict[str, Any], base: Plan | None = None) -> Plan:
+    """`base`, or the default plan of `--gpus` ranks, with the choices of `--pin`."""
+    if args.gpus < 1:
+        raise InputError(f"--gpus must be at least 1, got {args.gpus}")
+    from omnicompile.lowering import proof_plan
+    from omnicompile.planner.pins import parse_pins as typed
+    from omnicompile.recipe import parse_pins
+
+    plan = base or proof_plan.default_plan(model, batch, args.gpus)
+    chosen = typed(parse_pins(args.pin), _blocks_only(plan))
+    if not chosen:
+        return plan
+    return proof_plan.with_choices(plan, chosen.mesh, chosen.blocks, proof_plan.count_experts(model))
 
 
 def _blocks_only(plan: Plan) -> Any:

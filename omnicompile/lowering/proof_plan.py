@@ -12,14 +12,16 @@ from torch import Tensor, nn
 from omnicompile.capture.regions import modality_of_input
 from omnicompile.cluster import Cluster
 from omnicompile.errors import LoweringError, PlanError
-from omnicompile.lowering.tiny import Batch, TinyModel
+from omnicompile.lowering.tiny import Batch
 from omnicompile.plan import BlockPlan, Layout, Mesh, Plan
 from omnicompile.workload import Workload
 
 
 def reduced_plan(plan: Plan, gpus: int, experts: int) -> Plan:
-    """`plan` on `gpus` GPUs with a mesh of the same shape: degrees that are 1 stay 1, the others stay above 1 if they can.
-    experts: of the tiny copy, 0 for a model without."""
+    """`plan` on `gpus` GPUs with a mesh of the same shape: degrees that are 1 stay 1, others stay above 1 if they can.
+
+    experts: of the tiny copy, 0 for a model without. Raises LoweringError if the mesh has no such divisor.
+    """
     old = plan.mesh
     options = [
         Mesh(dp_replicate=r, dp_shard=d, sp=s)
@@ -56,22 +58,22 @@ def _layout_for(block: BlockPlan, mesh: Mesh) -> dict[str, Layout]:
 
 
 def largest_ep(mesh: Mesh, wanted: int, experts: int) -> int:
-    """The largest ep, at most `wanted`, that the mesh and the number of experts allow; smaller than all where it can be."""
+    """The largest ep, at most `wanted`, that the mesh and the number of experts allow; not all ranks if it can."""
     inner = mesh.dp_shard * mesh.sp
     fits = [n for n in range(1, min(wanted, inner) + 1) if inner % n == 0 and experts and experts % n == 0]
     folded = [n for n in fits if 1 < n < inner]
     return max(folded or fits, default=1)
 
 
-def default_plan(tiny: TinyModel, gpus: int) -> Plan:
+def default_plan(model: nn.Module, batch: Batch, gpus: int) -> Plan:
     """A plan that uses every mechanism at once, as far as `gpus` GPUs go: HSDP, sequence and expert parallelism."""
     sp = 2 if gpus % 2 == 0 else 1
     shard = 2 if gpus % 4 == 0 else gpus // sp
     mesh = Mesh(dp_replicate=gpus // (sp * shard), dp_shard=shard, sp=sp)
-    mesh = replace(mesh, ep=largest_ep(mesh, gpus, count_experts(tiny.model)))
+    mesh = replace(mesh, ep=largest_ep(mesh, gpus, count_experts(model)))
     layout = Layout.SEQUENCE if sp > 1 else Layout.BATCH
     block = BlockPlan(layout=layout, sp=sp, ep=mesh.ep)
-    blocks = {name: block if name == "text" else replace(block, ep=1) for name in block_names(tiny.batch(0))}
+    blocks = {name: block if name == "text" else replace(block, ep=1) for name in block_names(batch)}
     return Plan("", Cluster(gpus=gpus), Workload(), mesh, blocks)
 
 

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from omnicompile.capture.inputs import FloatSpec, InputRequest, input_constraints, make_inputs
 from omnicompile.capture.source import ModelSource
-from omnicompile.errors import CaptureError, InputError
+from omnicompile.errors import CaptureError, InputError, OmniCompileError
+from omnicompile.lowering.graph_capture import find_outputs
 from omnicompile.lowering.tiny_config import LEVELS, shrink
 from omnicompile.workload import Workload
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Batch = dict[str, Any]
+_DTYPES = (torch.float64, torch.float32)  # float64 first: nothing hides in rounding
 MOST_PARAMETERS = 50_000_000
 _TEXT = 32  # text tokens beside the placeholders of images and audio
 _MULTIPLE = 64  # sequence lengths are one, so that they can be cut
@@ -39,10 +41,13 @@ class TinyModel:
     notes: tuple[str, ...] = ()
 
 
-def tiny_copy(source: ModelSource, dtype: torch.dtype = torch.float32) -> TinyModel:
-    """Raises InputError or CaptureError naming the remedy when there is no way to a tiny copy."""
+def tiny_copy(source: ModelSource, dtype: torch.dtype | None = None) -> TinyModel:
+    """dtype: of the weights; None: float64, or float32 if the model's operators take no float64.
+
+    Raises InputError or CaptureError naming the remedy when there is no way to a tiny copy.
+    """
     if source.tiny is not None:
-        return _own(source, source.tiny(), dtype)
+        return _own(source, source.tiny, dtype)
     model = source.build_meta()
     if is_hugging_face(model):
         return _shrunk(model, dtype)
@@ -52,7 +57,7 @@ def tiny_copy(source: ModelSource, dtype: torch.dtype = torch.float32) -> TinyMo
             f"{source.spec}: has {size / 1e9:.2g} B parameters and no Hugging Face configuration to shrink: "
             "add def tiny() -> nn.Module to the file, the same model with small sizes"
         )
-    return _own(source, source.build(), dtype)
+    return _own(source, source.build, dtype)
 
 
 def is_hugging_face(model: nn.Module) -> TypeGuard[PreTrainedModel]:
@@ -61,43 +66,74 @@ def is_hugging_face(model: nn.Module) -> TypeGuard[PreTrainedModel]:
     return isinstance(model, PreTrainedModel)
 
 
-def _own(source: ModelSource, model: nn.Module, dtype: torch.dtype) -> TinyModel:
-    model = _randomized(model.to(dtype), torch.Generator().manual_seed(0))
-    if source.inputs is None:
-        return TinyModel(model, _batches(model, dtype))
-    inputs = source.inputs
-    workload = Workload(seq_len=1024, images=1, audio_seconds=1.0)
-    return TinyModel(model, lambda rank: _varied(_real(inputs(workload), dtype, rank), rank))
+def _own(source: ModelSource, build: Callable[[], nn.Module], dtype: torch.dtype | None) -> TinyModel:
+    inputs, workload = source.inputs, Workload(seq_len=1024, images=1, audio_seconds=1.0)
+    failure: Exception | None = None
+    for wanted in _DTYPES if dtype is None else (dtype,):
+        model = _randomized(build().to(wanted))
+        try:
+            batch = _batches(model, wanted) if inputs is None else _given_batches(inputs, workload, wanted)
+            _check_runs(model, batch(0))
+        except OmniCompileError:
+            raise
+        except Exception as error:  # of the user's own code, or an operator without this dtype
+            failure = error
+            continue
+        return TinyModel(model, batch, () if wanted is _DTYPES[0] else ("float32",))
+    raise InputError(f"the tiny copy of {source.spec} does not run: {_line(failure)}") from failure
 
 
-def _shrunk(original: PreTrainedModel, dtype: torch.dtype) -> TinyModel:
+def _given_batches(
+    inputs: Callable[[Workload | None], dict[str, Any]], workload: Workload, dtype: torch.dtype
+) -> Callable[[int], Batch]:
+    return lambda rank: _varied(_real(inputs(workload), dtype, rank), rank)
+
+
+def _line(error: Exception | None) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+def _shrunk(original: PreTrainedModel, dtype: torch.dtype | None) -> TinyModel:
+    """Less and less is made smaller until the copy runs, in float64 if that can be."""
     failures = []
     for level in LEVELS:
+        config = shrink(original.config, level)
         try:
-            config = shrink(original.config, level)
             with torch.device("meta"):
                 size = sum(p.numel() for p in type(original)(config).parameters())
-            if size > 4 * MOST_PARAMETERS:
-                raise CaptureError(f"it still has {size / 1e6:.0f} M parameters")
-            torch.manual_seed(0)
-            model = type(original)(config).to(dtype)
-            if dtype is torch.float64:
-                model.set_experts_implementation("eager")  # the grouped product takes no float64
-            model = _randomized(model, torch.Generator().manual_seed(0))
-            batch = _batches(model, dtype)
-            _check_runs(model, batch(0))
-        except Exception as error:  # a size that the rules get wrong: shrink less
-            failures.append(" ".join(f"{type(error).__name__}: {error}".split())[:200])
+        except Exception as error:  # sizes that the rules get wrong
+            failures.append(_line(error))
             continue
-        notes = [f"{size / 1e6:.2g} M parameters", "dropout off"]
-        if level is not LEVELS[0]:
-            notes.append(f"only {', '.join(sorted(level))} made smaller ({failures[0]})")
-        return TinyModel(model, batch, tuple(notes))
+        if size > 4 * MOST_PARAMETERS:
+            failures.append(f"it still has {size / 1e6:.0f} M parameters")
+            continue
+        for wanted in _DTYPES if dtype is None else (dtype,):
+            try:
+                model, batch = _instance(original, config, wanted)
+            except Exception as error:  # as above, or an operator without this dtype
+                failures.append(_line(error))
+                continue
+            notes = [f"{size / 1e6:.2g} M parameters", str(wanted).removeprefix("torch."), "dropout off"]
+            if level is not LEVELS[0]:
+                notes.append(f"only {', '.join(sorted(level))} made smaller ({failures[0]})")
+            return TinyModel(model, batch, tuple(notes))
     raise CaptureError(f"no tiny copy of {type(original).__name__} runs: {failures[0]}")
 
 
-def _randomized(model: nn.Module, generator: torch.Generator) -> nn.Module:
+def _instance(original: PreTrainedModel, config: Any, dtype: torch.dtype) -> tuple[nn.Module, Callable[[int], Batch]]:
+    torch.manual_seed(0)
+    model = type(original)(config).to(dtype)
+    if dtype is torch.float64:
+        model.set_experts_implementation("eager")  # the grouped product takes no float64
+    _randomized(model)
+    batch = _batches(model, dtype)
+    _check_runs(model, batch(0))
+    return model, batch
+
+
+def _randomized(model: nn.Module) -> nn.Module:
     """With noise on every parameter, so that no bias is zero and no norm's weight is one, and nothing is not finite."""
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             if not parameter.is_floating_point():
@@ -110,9 +146,8 @@ def _randomized(model: nn.Module, generator: torch.Generator) -> nn.Module:
 
 def _check_runs(model: nn.Module, batch: Batch) -> None:
     with torch.no_grad():
-        output = model(**batch)
-    loss = getattr(output, "loss", None)
-    if not isinstance(loss, Tensor) or loss.dim() != 0 or not bool(torch.isfinite(loss)):
+        loss = find_outputs(model(**batch)).get("loss")
+    if loss is None or not bool(torch.isfinite(loss)):
         raise CaptureError("the tiny copy gives no finite loss")
 
 

@@ -1,7 +1,7 @@
 """Shrinks a Hugging Face configuration to a tiny one of the same structure, by the names that models share.
 
-Kept: kinds of layers, ratio of query to key heads, ties between equal widths, proportions of rotary sections, which of the
-experts are grouped. A configuration that a rule does not fit is shrunk less: see `LEVELS`.
+Kept: kinds of layers, ratio of query to key heads, ties between equal widths, proportions of rotary sections, groups of
+experts. A configuration that a rule does not fit is shrunk less: see `LEVELS`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _KEY_HEADS = re.compile(r"kv|key_value|key_heads|value_heads")
 _HEAD_DIM = re.compile(r"head_dim$|head_size$|d_head$|^d_kv$")
 _WIDTH = re.compile(
     r"(hidden_size|embed_dim|d_model|n_embd|hidden_dim|embedding_size|output_dim|out_dim|proj_dim|projection_dim|width"
-    r"|projector_dim|model_dim|hidden_channels)$|^dim$"
+    r"|projector_dim|projection_size|model_dim|hidden_channels)$|^dim$"
 )
 _MLP = re.compile(r"(intermediate_size|ffn_dim|mlp_dim|n_inner|ffn_hidden_size|feedforward|dim_ff|inner_dim)$")
 _EXPERTS = re.compile(r"experts$")
@@ -135,7 +135,7 @@ def _shrunk(
         return 0.0
     if name == "apply_spec_augment":
         return False
-    if ids and _TOKEN_ID.search(name):
+    if ids and _TOKEN_ID.search(name) and isinstance(value, int | list):
         return (
             [ids.get(v, v) for v in value]
             if isinstance(value, list)
@@ -146,7 +146,7 @@ def _shrunk(
     if isinstance(value, dict):
         return _rotary(value, sizes) if name.startswith("rope") else value
     if isinstance(value, list | tuple):
-        return _shrunk_list(name, list(value), fields, sizes, what)
+        return _shrunk_list(name, list(value), sizes, what)
     if name == "image_size" and "image" in what:
         return _tiny_image(fields)
     if not _number(value) or value <= 1:
@@ -193,9 +193,7 @@ def _narrow(name: str, value: int, sizes: _Sizes) -> int:
     return min(value, RANK) if name.endswith("rank") else value
 
 
-def _shrunk_list(
-    name: str, values: list[Any], fields: dict[str, Any], sizes: _Sizes, what: frozenset[str]
-) -> list[Any]:
+def _shrunk_list(name: str, values: list[Any], sizes: _Sizes, what: frozenset[str]) -> list[Any]:
     numbers = bool(values) and all(_number(v) for v in values)
     if sizes.layers is not None and len(values) == sizes.layers[0]:
         values = values[: sizes.layers[1]]
