@@ -142,7 +142,26 @@ def capture_forward(
             f"{len(host)}: the forward must do the same each time it is called"
         )
     captured = _captured(exported, tuple(find_outputs(first.output)), [c.sources for c in first.crossings])
+    _merge_tied(captured, copied)
     return captured, LoweredInputs(captured, program, tuple(host))
+
+
+def _merge_tied(captured: CapturedForward, model: nn.Module) -> None:
+    """Give a parameter that goes by several names one placeholder, under the name that `named_parameters` gives it."""
+    first = {id(tensor): name for name, tensor in model.named_parameters()}
+    every = {name: first[id(tensor)] for name, tensor in model.named_parameters(remove_duplicate=False)}
+    graph, kept = captured.gm.graph, dict[str, fx.Node]()
+    for node in list(graph.find_nodes(op="placeholder")):
+        if node.name not in captured.params:
+            continue
+        name = captured.params[node.name] = every[captured.params[node.name]]
+        if name in kept:
+            node.replace_all_uses_with(kept[name])
+            graph.erase_node(node)
+            del captured.params[node.name]
+        else:
+            kept[name] = node
+    captured.gm.recompile()
 
 
 def _with_room(bounds: Tensor, segments: int) -> Tensor:

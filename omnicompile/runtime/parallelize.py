@@ -23,6 +23,7 @@ from omnicompile.runtime.engine import Engine, batch_signature
 from omnicompile.runtime.mesh import build_mesh, control_group, pick_device, start_processes
 from omnicompile.runtime.parallel_module import ParallelModule, to_host
 from omnicompile.runtime.plain_module import PlainModule
+from omnicompile.runtime.weights import materialized, on_meta
 from omnicompile.support import not_executable
 from omnicompile.workload import Workload
 
@@ -35,11 +36,13 @@ def parallelize(
     backend: str | None = None,
     master_dtype: torch.dtype = torch.float32,
     segments: int = DEFAULT_SEGMENTS,
+    seed: int = 0,
     lower: Lower = default_lower,
 ) -> ParallelModule | PlainModule:
     """Distribute `model` under `plan` over the processes that torchrun started.
 
-    model: with its weights, the same on every rank; it is not changed. plan: None plans first, for these processes and
+    model: with its weights, the same on every rank, or on the meta device, when its own initialization gives the values
+    (from `seed`); it is not changed. plan: None plans first, for these processes and
     this budget; with one process the plain model is returned. device_type: "cuda", "cpu", or None for what there is.
     example_batch: a batch of the budget that training batches have; its values do not matter. backend: "inductor" (None
     on GPUs) compiles forward and backward as one graph, "step" (None on CPUs) runs that graph as it is, "torch.compile"
@@ -58,7 +61,7 @@ def parallelize(
     if plan is not None and (unsupported := not_executable(plan)):
         raise PlanError(f"the plan asks for what cannot be executed yet: {'; '.join(unsupported)}")
     if plan is None or plan.mesh.world == _processes() == 1:
-        return PlainModule(model.to(device))
+        return PlainModule((materialized(model, seed) if on_meta(model) else model).to(device))
     if example_batch is None:
         raise InputError("give parallelize an example_batch of the budget that training batches are padded to")
     mesh = build_mesh(plan.mesh, device_type)
@@ -68,11 +71,13 @@ def parallelize(
         "backend": backend,
     }
     require_same(facts, mesh.control)
+    if on_meta(model):
+        model = materialized(model, seed)
     engine = Engine(model, plan, mesh, lower, BACKENDS[backend], master_dtype, segments)
     batch = to_host(example_batch)
     loaded = engine.program(batch, batch_signature(batch, model.training), logits=False)
     budget = Budget.of(model, batch)
-    module = ParallelModule(engine, loaded.program.params, dict(model.named_parameters()), budget)
+    module = ParallelModule(engine, loaded.program.params, dict(model.named_parameters(remove_duplicate=False)), budget)
     return module.train(model.training)
 
 
