@@ -22,6 +22,7 @@ _DTYPES = {
     torch.int32: "i32", torch.bool: "bool", torch.uint8: "u8",
 }  # fmt: skip
 _LAYER = re.compile(r"^(.*?)\.(\d+)(?=\.|$)")
+_NAME = re.compile(r"(?<![\w.])[a-z_]\w*\b(?![(.])")  # of a variable, not of an operator
 _FEWEST_FOLDED = 3  # statements; shorter runs are printed as they are
 
 
