@@ -20,10 +20,22 @@ def run_graph(gm: fx.GraphModule) -> Function:
     return gm
 
 
-def step_with(compile: Compile, program: RankProgram) -> tuple[Function, tuple[str, ...]]:
-    """The step graph of `program` as a function, and the placeholders whose gradients it gives."""
+def move_to(gm: fx.GraphModule, device: torch.device) -> fx.GraphModule:
+    """Graphs are traced on the CPU: tensors that this one makes, it shall make on `device`. Changes `gm` in place."""
+    if device.type == "cpu":
+        return gm
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and any(isinstance(x, torch.device) for x in [*node.args, *node.kwargs.values()]):
+            node.args = tuple(device if isinstance(x, torch.device) else x for x in node.args)
+            node.kwargs = {k: device if isinstance(x, torch.device) else x for k, x in node.kwargs.items()}
+    gm.recompile()
+    return gm
+
+
+def step_with(compile: Compile, device: torch.device, program: RankProgram) -> tuple[Function, tuple[str, ...]]:
+    """The step graph of `program` on `device` as a function, and the placeholders whose gradients it gives."""
     step = trace_step(program)
-    return compile(step.gm), step.gradients
+    return compile(move_to(step.gm, device)), step.gradients
 
 
 @dataclass(frozen=True)
@@ -31,7 +43,7 @@ class Backend:
     """compile: of the forward. make_step: of forward and backward as one graph; None: autograd does the backward."""
 
     compile: Compile
-    make_step: Callable[[RankProgram], tuple[Function, tuple[str, ...]]] | None = None
+    make_step: Callable[[torch.device, RankProgram], tuple[Function, tuple[str, ...]]] | None = None
 
 
 BACKENDS: Mapping[str, Backend] = {

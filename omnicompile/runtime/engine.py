@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from omnicompile.passes.rank_program import DATA_AXES, RankProgram, bind_groups
 from omnicompile.plan import LossHead, Plan
 from omnicompile.recompute import Recompute
 from omnicompile.runtime.agreement import require_same
-from omnicompile.runtime.backends import Backend, Function
+from omnicompile.runtime.backends import Backend, Function, move_to
 from omnicompile.runtime.mesh import RuntimeMesh
 
 LABELS = "labels"
@@ -156,20 +157,22 @@ class Engine:
             self._programs[key] = self._load(lowered, capture.forward)
         return self._programs[key]
 
-    def _load(self, lowered: RankProgram, forward: CapturedForward) -> LoadedProgram:
+    def _load(self, lowered: RankProgram, captured: CapturedForward) -> LoadedProgram:
         bind_groups(lowered.gm, self.mesh.names(lowered.groups))
-        move_to(lowered, self.mesh.device)
         buffers = dict(self.model.named_buffers())
         fixed: dict[str, Tensor] = {}
         for placeholder, spec in lowered.inputs.items():
             if spec.kind == "rank":
                 fixed[placeholder] = torch.tensor(self.mesh.coordinate(spec.name), dtype=torch.int64)
             elif spec.kind == "buffer":
-                constant = forward.constants.get(placeholder)
+                constant = captured.constants.get(placeholder)
                 fixed[placeholder] = buffers[spec.name] if constant is None else constant
         fixed = {name: value.to(self.mesh.device) for name, value in fixed.items()}
         order = tuple(node.name for node in lowered.gm.graph.find_nodes(op="placeholder"))
-        return LoadedProgram(lowered, order, fixed, self._backend.compile(lowered.gm), self._backend.make_step)
+        device = self.mesh.device
+        forward = self._backend.compile(move_to(lowered.copy().gm, device))
+        make_step = None if self._backend.make_step is None else partial(self._backend.make_step, device)
+        return LoadedProgram(lowered, order, fixed, forward, make_step)
 
     def whole_output(self, loaded: LoadedProgram, index: int, value: Tensor) -> Tensor:
         """An output of one micro-batch, put together from the sp ranks (a collective over them)."""
@@ -200,14 +203,3 @@ def _lengths(batch: Mapping[str, Any]) -> set[int]:
         if isinstance(value, Tensor) and value.dim() == 2:
             lengths.add(value.shape[1] if is_host_input(value) else value.shape[0])
     return {size for size in lengths if size > 3}
-
-
-def move_to(program: RankProgram, device: torch.device) -> None:
-    """The graph was captured on the CPU: tensors that it makes, it shall make on `device`."""
-    if device.type == "cpu":
-        return
-    for node in program.gm.graph.nodes:
-        if node.op == "call_function" and any(isinstance(x, torch.device) for x in [*node.args, *node.kwargs.values()]):
-            node.args = tuple(device if isinstance(x, torch.device) else x for x in node.args)
-            node.kwargs = {k: device if isinstance(x, torch.device) else x for k, x in node.kwargs.items()}
-    program.gm.recompile()

@@ -7,11 +7,10 @@ import torch
 from tiny_models import make_plan, mixture_model, reference_gradients, text_batch, worst_error
 
 from omnicompile.capture.classify import is_view
-from omnicompile.lowering import chunked_loss
 from omnicompile.lowering.driver import default_lower, find_targets, rank_program, with_outputs
 from omnicompile.lowering.graph_capture import capture_forward
-from omnicompile.lowering.recompute import is_forward
 from omnicompile.lowering.step_graph import trace_step
+from omnicompile.passes.segments import is_forward
 from omnicompile.plan import Mesh
 from omnicompile.recompute import Recompute
 
@@ -45,27 +44,6 @@ def test_one_rank_gives_the_loss_and_every_gradient(policy: Recompute) -> None:
     assert abs(loss.item() - want) < 1e-6
     assert worst_error(got, gradients) < 1e-5
     assert (step.recomputed > 0) == (policy is not Recompute.NONE)
-
-
-def test_the_chunked_loss_head_equals_the_whole_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunked_loss, "CHUNK_BYTES", 4 * 128 * 5)  # five tokens at a time
-    captured, _ = capture_forward(mixture_model(), text_batch(1))
-    names = dict.fromkeys(captured.params.values(), True)
-    plan = make_plan(("text",), Mesh())
-    program = default_lower(rank_program(with_outputs(captured, ("loss",)), plan, names, {32}, torch.float32))
-    assert chunked_loss.chunk_loss_pass(program.gm) == ""
-    targets = {n.target for n in program.gm.graph.nodes}
-    assert torch.ops.aten.cross_entropy_loss.default not in targets
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(17, 8, generator=generator, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(128, 8, generator=generator, dtype=torch.float64, requires_grad=True)
-    wanted = torch.randint(0, 128, (17,), generator=generator)
-    wanted[3:6] = -100
-    whole = torch.nn.functional.cross_entropy(hidden @ weight.t(), wanted, reduction="sum") / 7
-    loss = torch.ops.omnicompile.linear_cross_entropy(hidden, weight, wanted, -100)[0] / 7
-    torch.testing.assert_close(loss, whole)
-    ours, theirs = (torch.autograd.grad(value, (hidden, weight)) for value in (loss, whole))
-    torch.testing.assert_close(ours, theirs)
 
 
 def kept_bytes(policy: Recompute) -> int:
