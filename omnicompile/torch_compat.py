@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -24,6 +24,7 @@ __all__ = [
     "is_grad_switch",
     "is_plain_host_tensor",
     "local_ranks_mode",
+    "measured_peak",
     "new_fake_mode",
     "nodes_traced_since",
     "on_each_rank",
@@ -107,6 +108,17 @@ def local_ranks_mode(world: int) -> contextlib.AbstractContextManager[object]:
 
     start_fake_group(world)
     return LocalTensorMode(world)
+
+
+def measured_peak(function: Callable[..., Any], arguments: Sequence[torch.Tensor]) -> int:
+    """Most bytes of tensors alive while `function(*arguments)` runs, the arguments included (MemTracker)."""
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    tracker = MemTracker()
+    tracker.track_external(*arguments)
+    with tracker:
+        function(*arguments)
+    return sum(kinds["Total"] for kinds in tracker.get_tracker_snapshot("peak").values())
 
 
 def start_fake_group(world: int) -> None:

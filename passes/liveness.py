@@ -51,18 +51,17 @@ def storage_of(node: fx.Node) -> fx.Node:
 
 
 def balanced_rows(graph: fx.Graph) -> dict[sympy.Symbol, int]:
-    """A value for each size that is known only at run time: rows that arrive from one rank, if all send each equally
-    many."""
+    """A value for each size that is known only at run time: rows that go to or come from one rank, if all ranks send
+    each other equally many."""
     rows: dict[sympy.Symbol, int] = {}
     for node in graph.find_nodes(op="call_function", target=_EXCHANGE):
-        source, splits = node.args[0], node.args[1]
-        if not isinstance(source, fx.Node) or not isinstance(splits, list | tuple):
-            continue
+        source, received, sent = node.args[:3]
+        assert isinstance(source, fx.Node) and isinstance(received, list | tuple) and isinstance(sent, list | tuple)
         size = source.meta["val"].shape[0]
-        for split in splits:
+        for split in (*received, *sent):
             symbol = split.meta["val"].node.expr if isinstance(split, fx.Node) else None
             if isinstance(symbol, sympy.Symbol) and isinstance(size, int):
-                rows.setdefault(symbol, size // len(splits))
+                rows.setdefault(symbol, size // len(sent))
     return rows
 
 

@@ -7,6 +7,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from omnicompile.torch_compat import (
     is_plain_host_tensor,
+    measured_peak,
     new_fake_mode,
     nodes_traced_since,
     outside_tracing,
@@ -35,3 +36,7 @@ def test_nodes_can_be_counted_and_taken_while_tracing() -> None:
 
     make_fx(function)(torch.ones(2))
     assert sorted(seen) == ["cos", "sin"]
+
+
+def test_the_peak_of_a_run_is_measured() -> None:
+    assert measured_peak(lambda x: (x + 1).sum(), [torch.zeros(100)]) == 2 * 400 + 4

@@ -1,0 +1,69 @@
+"""Bytes alive in a graph, counted by walking it, are those that running it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from omnicompile.passes.liveness import peak_bytes
+from omnicompile.recompute import Recompute
+from omnicompile.torch_compat import measured_peak, new_fake_mode
+
+from .steps import one_rank_step
+
+
+def chain(x: Tensor) -> Tensor:
+    return (x + 1).sin().cos().sum()
+
+
+def view_keeps_its_source(x: Tensor) -> Tensor:
+    y = x + 1
+    row = y.view(10, 10)[0]
+    return (x * 2).sum() + row.sum()
+
+
+def element_of_a_tuple(x: Tensor) -> Tensor:
+    values, _ = torch.ops.aten.topk.default(x, 50)
+    return (x * 2).sum() + values.sum()
+
+
+def in_place(x: Tensor) -> Tensor:
+    y = x + 1
+    y.mul_(2)
+    return y.sin().sum()
+
+
+def parts_of_one(x: Tensor) -> Tensor:
+    left, right = (x + 1).split(50)
+    return left.sin().sum() + right.sum()
+
+
+@pytest.mark.parametrize("function", [chain, view_keeps_its_source, element_of_a_tuple, in_place, parts_of_one])
+def test_small_graphs(function: Callable[..., Any]) -> None:
+    x = torch.arange(100, dtype=torch.float32)
+    gm = make_fx(function)(x)
+    assert peak_bytes(gm).total == measured_peak(gm, [x])
+
+
+@pytest.mark.parametrize("policy", list(Recompute))
+@pytest.mark.parametrize("kind", ["vlm", "moe"])
+def test_forward_and_backward_of_a_model(kind: str, policy: Recompute) -> None:
+    step, arguments = one_rank_step(kind, policy)
+    peak = peak_bytes(step.gm)
+    with torch.no_grad():
+        assert peak.total == measured_peak(step.gm, arguments)
+    assert peak.inputs == sum(value.untyped_storage().nbytes() for value in arguments)
+    assert sum(peak.holders.values()) == peak.beyond_inputs
+
+
+def test_a_size_that_is_not_known_is_named() -> None:
+    with new_fake_mode():
+        x = torch.ones(8)
+        gm = make_fx(lambda x: x.nonzero().float().sum())(x)
+    with pytest.raises(ValueError, match="known only at run time"):
+        peak_bytes(gm)
