@@ -75,7 +75,9 @@ def generic_sizes(inputs: ExampleInputs, sizes: GenericSizes) -> list[GenericSiz
         found.append(GenericSize(Sym.I, inputs.images, inputs.images))
         if inputs.patches_per_image and not sizes.grid_fixed:
             patches = inputs.patches_per_image
-            found.append(GenericSize(Sym.N, inputs.images * patches, inputs.images * _odd_part(patches), patches))
+            grid = sizes.request.image_grid or (0, 0)
+            mark = inputs.images * _odd_part(patches)
+            found.append(GenericSize(Sym.N, inputs.images * patches, mark, patches, grid))
     if inputs.clips:
         found.append(GenericSize(Sym.C, inputs.clips, inputs.clips))
         if inputs.frames_per_clip and not sizes.frames_fixed:

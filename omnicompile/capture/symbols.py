@@ -23,13 +23,15 @@ class GenericSize:
     """A workload symbol, its value in this capture, and the factor that marks a dimension as a multiple of it.
 
     unit: the share of one image or clip, for models that treat them one by one. As many such tensors exist as there are
-    images in the capture, so each counts as that part of the whole.
+    images in the capture, so each counts as that part of the whole. grid: (height, width) of one image in patches, for
+    models that keep images in two dimensions.
     """
 
     symbol: sympy.Symbol
     value: int
     mark: int
     unit: int = 0
+    grid: tuple[int, int] = (0, 0)
 
 
 class SizeReader:
@@ -85,12 +87,14 @@ class SizeReader:
         """True for a dimension of one image or clip."""
         if not known.unit or size in self.constants or size <= 1:
             return False
-        return known.unit % size == 0 and size % _odd(known.unit) == 0
+        return (known.unit % size == 0 or size % known.unit == 0) and size % _odd(known.unit) == 0
 
     def _joined(self, shape: tuple[int, ...]) -> list[int]:
-        """The dimensions; [clips, frames of one clip] as the frames of all clips, which is what they are together."""
+        """The dimensions; [height, width] of an image as its area, and [clips, frames of one clip] as the frames of all
+        clips, which is what they are together."""
         dims = list(shape)
         for known in self.sizes:
+            self._join_area(dims, known.grid)
             count = known.value // known.unit if known.unit else 0
             share = next((d for d in dims if self.is_share(d, known)), None)
             if share is not None and count in dims:
@@ -109,6 +113,15 @@ class SizeReader:
     def magnitude(self, expr: Expr) -> float:
         """The number that an expression stood for in this capture."""
         return float(expr.subs(self._all_values))
+
+    @staticmethod
+    def _join_area(dims: list[int], grid: tuple[int, int]) -> None:
+        """Two neighbours in the proportion of the generic grid, which no other sizes have."""
+        rows, cols = grid
+        for i in range(len(dims) - 1):
+            if rows and dims[i] % _odd(rows) == 0 and dims[i] * cols == dims[i + 1] * rows:
+                dims[i : i + 2] = [dims[i] * dims[i + 1]]
+                return
 
     @cached_property
     def _all_values(self) -> dict[sympy.Symbol, float]:

@@ -60,3 +60,13 @@ def test_bytes_of_tensors_and_tuples() -> None:
 def test_magnitude_is_the_number_that_was_captured() -> None:
     assert make().magnitude(2 * S + N) == 2 * TOKENS + IMAGES * PATCHES
     assert make().magnitude(Sym.N2) == IMAGES * PATCHES**2
+
+
+def test_images_in_two_dimensions_are_their_patches() -> None:
+    grid = (40, 56)
+    reader = SizeReader([GenericSize(I, IMAGES, IMAGES), GenericSize(N, IMAGES * PATCHES, IMAGES * 35, PATCHES, grid)])
+    assert reader.numel((IMAGES, 1280, 40, 56)) == 1280 * N
+    assert reader.numel((IMAGES, 3, 14 * 40, 14 * 56)) == 588 * N  # pixels
+    assert reader.numel((IMAGES, 1280, 20, 28)) == 320 * N  # after merging
+    assert reader.numel((1, 1280, 40, 56)) == 1280 * N / IMAGES  # one of them
+    assert reader.numel((IMAGES, 1280, 56, 56)) == 1280 * 56 * 56 * I  # another proportion
