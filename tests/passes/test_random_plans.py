@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -39,7 +39,7 @@ def _text_model(draw: st.DrawFn, heads: int, aux: bool) -> nn.Module:
     experts = draw(st.sampled_from([4, 8]))
     mixture = Qwen3MoeConfig(
         **common, num_experts=experts, num_experts_per_tok=draw(st.integers(1, 3)), moe_intermediate_size=16,
-        decoder_sparse_step=draw(st.integers(1, 2)), norm_topk_prob=draw(st.booleans()), output_router_logits=aux,
+        decoder_sparse_step=draw(st.integers(1, common["num_hidden_layers"])), norm_topk_prob=draw(st.booleans()), output_router_logits=aux,
         router_aux_loss_coef=0.05,
     )  # fmt: skip
     return _build(Qwen3MoeForCausalLM, mixture)
@@ -70,12 +70,20 @@ def cases(draw: st.DrawFn) -> tuple[nn.Module, list[Batch], Mesh, dict[str, Bloc
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=200,
+    deadline=None,
+    derandomize=True,
+    phases=[Phase.generate],  # a failing case is small already, and shrinking would run for an hour
+    suppress_health_check=list(HealthCheck),
+)
 @given(cases())
 def test_random_models_under_random_plans(case: Any) -> None:
     model, batches, mesh, blocks, join = case
+    # In float32 a gradient that nearly cancels (of a query bias, say) is off by more than 1e-5 from rounding alone.
+    batches = [{k: v.double() if v.is_floating_point() else v for k, v in batch.items()} for batch in batches]
     joined = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]} if join else None
-    result = run_parity(model, batches, mesh, blocks, joined)
+    result = run_parity(model.double(), batches, mesh, blocks, joined)
     name, worst = result.worst
     assert result.loss_error < 1e-5
-    assert worst < 1e-5, f"{name}: {worst:.1e}"
+    assert worst < 1e-6, f"{name}: {worst:.1e}"
