@@ -270,7 +270,8 @@ def report(bench: Bench, parts: list[str], environment: dict[str, str]) -> str:
     lines += [f"- {key}: {value}" for key, value in environment.items()]
     lines += [f"- load average before the runs: {min(bench.loads):.1f} to {max(bench.loads):.1f}", ""]
     if bench.busy:
-        lines += ["**The machine was busy: wall times mean little, CPU seconds are inflated, verdicts go by those.**", ""]
+        warning = "The machine was busy: wall times mean little, CPU seconds are inflated, verdicts go by those."
+        lines += [f"**{warning}**", ""]
     lines += ["| | by wall time | by CPU seconds | at most | |", "|---|---|---|---|---|"]
     for verdict in bench.verdicts:
         figures = ["" if x is None else f"{x:,.2f} {verdict.unit}" for x in (verdict.value, verdict.cpu)]
