@@ -70,5 +70,4 @@ def _build(layers):
     model = Qwen2_5OmniThinkerForConditionalGeneration(config)
     config.text_config = Qwen3OmniMoeTextConfig(**(TEXT | {"num_hidden_layers": layers}))
     model.model.language_model = Qwen3OmniMoeThinkerTextModel(config.text_config)
-    del model.model.audio_tower.audio_bos_eos_token  # no forward reads it
     return model.to(torch.bfloat16)
