@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from omnicompile.cli.arguments import add_cluster, add_model, add_workload, cluster_of, workload_of
 from omnicompile.cli.progress import emit, working
 from omnicompile.errors import PlanError
-from omnicompile.plan import Mesh, Plan, Prediction
+from omnicompile.plan import Plan, Prediction
 
 if TYPE_CHECKING:
     from omnicompile.planner.api import PlanResult
@@ -23,7 +23,6 @@ examples:
   omnicompile explain model.py --gpus 128 --why-not "vision.layout=sequence, text.recompute=full"
 """
 _SECONDS, _GIB = 1e-4, 2.0**30
-_MESH = tuple(vars(Mesh()))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         machine, pins = load_machine(args.recipe), load_pins(args.recipe)
     cluster = cluster_of(args, machine[0])
     pins |= parse_pins(args.pin)
-    asked = parse_pins(_choices(args.why_not)) if args.why_not is not None else {}
+    asked = parse_pins(args.why_not.split(",")) if args.why_not is not None else {}
     with working(f"reading {args.model}", args.debug) as show:
         source = load_model_source(args.model, args.config)
         workload = workload_of(args, source.workload, machine[1])
@@ -66,12 +65,6 @@ def run(args: argparse.Namespace) -> int:
     else:
         emit("\n".join(_why_not(free.plans[0], other, reason, asked) if asked else _why(free)))
     return 0
-
-
-def _choices(text: str) -> list[str]:
-    """ "sp=8, vision.sp=1" as pins; a degree without an owner is the mesh's."""
-    items = [item.strip() for item in text.split(",") if item.strip()]
-    return [f"mesh.{item}" if item.partition("=")[0].strip() in _MESH else item for item in items]
 
 
 def _prediction(plan: Plan) -> Prediction:

@@ -42,7 +42,7 @@ def add_tiny_plan(parser: argparse.ArgumentParser) -> None:
     """The model, and which plan its tiny copy is lowered with."""
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--config", metavar="FILE", help="the config.json of a model named as package.module:Class")
-    parser.add_argument("--gpus", type=int, default=8, metavar="N", help="simulated ranks (8)")
+    parser.add_argument("--gpus", type=int, metavar="N", help="ranks (8, or as many as the recipe has if fewer)")
     parser.add_argument("--recipe", metavar="FILE", help="a whole recipe, as `plan --out` saves it")
     parser.add_argument(
         "--pin", action="append", default=[], metavar="KEY=VALUE", help="a choice, such as mesh.sp=4 (repeatable)"
@@ -86,19 +86,20 @@ def tiny_plan(args: argparse.Namespace, show: Any) -> tuple[ModelSource, TinyMod
     show("making a tiny copy")
     tiny = tiny_copy(source, {"float64": torch.float64, "float32": torch.float32}.get(args.dtype))
     if recipe is not None:
-        recipe = reduced_plan(recipe, args.gpus, count_experts(tiny.model))
+        gpus = args.gpus if args.gpus is not None else min(8, recipe.mesh.world)
+        recipe = reduced_plan(recipe, gpus, count_experts(tiny.model))
     return source, tiny, chosen_plan(args, tiny.model, tiny.batch(0), recipe)
 
 
 def chosen_plan(args: argparse.Namespace, model: nn.Module, batch: dict[str, Any], base: Plan | None = None) -> Plan:
     """`base`, or the default plan of `--gpus` ranks, with the choices of `--pin`."""
-    if args.gpus < 1:
+    if args.gpus is not None and args.gpus < 1:
         raise InputError(f"--gpus must be at least 1, got {args.gpus}")
     from omnicompile.lowering import proof_plan
     from omnicompile.planner.pins import parse_pins as typed
     from omnicompile.recipe import parse_pins
 
-    plan = base or proof_plan.default_plan(model, batch, args.gpus)
+    plan = base or proof_plan.default_plan(model, batch, args.gpus or 8)
     chosen = typed(parse_pins(args.pin), _blocks_only(plan))
     if not chosen:
         return plan

@@ -40,21 +40,19 @@ def reduced_plan(plan: Plan, gpus: int, experts: int) -> Plan:
 
     mesh = max(options, key=kept)
     mesh = replace(mesh, ep=largest_ep(mesh, old.ep, experts))
-    blocks = {
-        name: replace(b, sp=mesh.sp if b.sp > 1 else 1, ep=mesh.ep if b.ep > 1 else 1, **_layout_for(b, mesh))
-        for name, b in plan.blocks.items()
-    }
-    return replace(
-        plan, mesh=mesh, blocks=blocks, cluster=replace(plan.cluster, gpus=gpus), micro_batch=1, accumulation=1
-    )
+    blocks = {name: _on_mesh(b, mesh) for name, b in plan.blocks.items()}
+    cluster = replace(plan.cluster, gpus=gpus)
+    return replace(plan, mesh=mesh, blocks=blocks, cluster=cluster, micro_batch=1, accumulation=1)
 
 
 def _divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
-def _layout_for(block: BlockPlan, mesh: Mesh) -> dict[str, Layout]:
-    return {"layout": Layout.BATCH} if mesh.sp == 1 and block.layout is not Layout.BATCH else {}
+def _on_mesh(block: BlockPlan, mesh: Mesh) -> BlockPlan:
+    """The block's choices with the degrees of `mesh`."""
+    layout = Layout.BATCH if mesh.sp == 1 else block.layout
+    return replace(block, layout=layout, sp=mesh.sp if block.sp > 1 else 1, ep=mesh.ep if block.ep > 1 else 1)
 
 
 def largest_ep(mesh: Mesh, wanted: int, experts: int) -> int:
@@ -105,12 +103,7 @@ def with_choices(plan: Plan, mesh: Mapping[str, int], blocks: Mapping[str, Mappi
         plan = replace(plan, mesh=replace(new, ep=ep))
     settled = {}
     for name, block in plan.blocks.items():
-        cut = plan.mesh.sp > 1 and block.layout is not Layout.REPLICATED
-        layout = Layout.SEQUENCE if cut and block.layout is Layout.BATCH else block.layout if cut else Layout.BATCH
-        if plan.mesh.sp > 1 and block.layout is Layout.REPLICATED:
-            layout = Layout.REPLICATED
-        settled[name] = replace(
-            block, layout=layout, sp=plan.mesh.sp, ep=plan.mesh.ep if block.ep > 1 or name == "text" else 1
-        )
-        settled[name] = replace(settled[name], **blocks.get(name, {}))
+        cut = Layout.SEQUENCE if block.layout is Layout.BATCH else block.layout
+        whole = replace(block, layout=cut, sp=2, ep=2 if block.ep > 1 or name == "text" else 1)
+        settled[name] = replace(_on_mesh(whole, plan.mesh), **blocks.get(name, {}))
     return replace(plan, blocks=settled)

@@ -217,9 +217,7 @@ def _indices(values: list[int], layers: int, few: int) -> list[int]:
 
 def _tiny_image(fields: dict[str, Any]) -> Any:
     size, patch = fields["image_size"], fields.get("patch_size")
-    if not _number(size) or not _number(patch):
-        return size
-    return min(size, patch * IMAGE_PATCHES)
+    return min(size, patch * IMAGE_PATCHES) if isinstance(size, int) and isinstance(patch, int) else size
 
 
 def _rotary(value: dict[str, Any], sizes: _Sizes) -> dict[str, Any]:
