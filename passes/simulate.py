@@ -15,6 +15,12 @@ from omnicompile.torch_compat import local_ranks_mode, on_each_rank, ranked, sta
 # The whole value of a placeholder as the group of ranks with this data index sees it.
 WholeValue = Callable[[str, int], Tensor]
 
+_UNINITIALISED = (
+    torch.ops.aten.empty.memory_format,
+    torch.ops.aten.new_empty.default,
+    torch.ops.aten.empty_like.default,
+)
+
 
 class Recorder(fx.Interpreter):
     """Runs a graph and keeps what every node gave."""
@@ -24,7 +30,10 @@ class Recorder(fx.Interpreter):
         self.seen: dict[str, object] = {}
 
     def run_node(self, n: fx.Node) -> object:
-        self.seen[n.name] = super().run_node(n)
+        value = super().run_node(n)
+        if n.target in _UNINITIALISED and isinstance(value, Tensor):
+            value.zero_()  # so that runs can be compared
+        self.seen[n.name] = value
         return self.seen[n.name]
 
 
