@@ -28,8 +28,9 @@ _SIZED_BY_DATA = (torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_outpu
 
 @dataclass(frozen=True)
 class Recomputed:
-    """What was done to one layer. kept: bytes from forward to backward, before and after, those that flow in counted
-    where they are read. again: nodes that run a second time."""
+    """What was done to one layer. kept: bytes from forward to backward, before and after. What flows in counts for the
+    layer that reads it, but for what several layers read (rotary tables), which is kept in any case. again: nodes that
+    run a second time."""
 
     layer: str
     policy: Recompute
@@ -71,13 +72,14 @@ def recompute_pass(gm: fx.GraphModule, blocks: Mapping[str, BlockPlan]) -> list[
 @dataclass(frozen=True)
 class _Step:
     """A step graph cut in two. forward: its calls -> position. late: what comes after. layers: forward calls of each.
-    mutated: storages that something writes into."""
+    mutated: storages that something writes into. shared: those made elsewhere that several layers read."""
 
     gm: fx.GraphModule
     forward: dict[fx.Node, int]
     late: list[fx.Node]
     layers: dict[str, list[fx.Node]]
     mutated: set[fx.Node]
+    shared: set[fx.Node]
 
     @classmethod
     def of(cls, gm: fx.GraphModule) -> _Step:
@@ -85,7 +87,16 @@ class _Step:
         forward = {node: i for i, node in enumerate(nodes) if node.op == "call_function" and is_forward(node)}
         late = [node for node in nodes if node not in forward and node.op in ("call_function", "output")]
         mutated = {storage_of(node) for node in nodes if is_in_place(node)}
-        return cls(gm, forward, late, forward_layers(nodes), mutated)
+        layers = forward_layers(nodes)
+        return cls(gm, forward, late, layers, mutated, _shared(layers))
+
+
+def _shared(layers: Mapping[str, list[fx.Node]]) -> set[fx.Node]:
+    readers: Counter[fx.Node] = Counter()
+    for nodes in layers.values():
+        inside = set(nodes)
+        readers.update({storage_of(s) for node in nodes for s in node.all_input_nodes if storage_of(s) not in inside})
+    return {storage for storage, count in readers.items() if count > 1}
 
 
 def _policy_of(nodes: list[fx.Node], blocks: Mapping[str, BlockPlan]) -> Recompute:
@@ -163,14 +174,15 @@ def _is_light(node: fx.Node) -> bool:
 
 
 def _needed(step: _Step, nodes: list[fx.Node]) -> list[fx.Node]:
-    """Values of a layer, and values that flow into it, that the backward reads."""
+    """Values that the backward reads: of a layer, but for those that flow out, and those that flow into it."""
     inside = set(nodes)
     flowing = {source for node in nodes for source in node.all_input_nodes if source not in inside}
-    return [node for node in (*nodes, *flowing) if any(user not in step.forward for user in node.users)]
+    own = [n for n in nodes if all(user in inside or user not in step.forward for user in n.users)]
+    return [node for node in (*own, *flowing) if any(user not in step.forward for user in node.users)]
 
 
 def _kept(step: _Step, needed: Iterable[fx.Node], again: set[fx.Node]) -> set[fx.Node]:
-    """Memory that must last from forward to backward when `again` runs again, parameters not counted."""
+    """Memory that must last from forward to backward when `again` runs again, but for parameters and what is shared."""
     kept: set[fx.Node] = set()
     seen: set[fx.Node] = set()
     stack = list(needed)
@@ -182,10 +194,8 @@ def _kept(step: _Step, needed: Iterable[fx.Node], again: set[fx.Node]) -> set[fx
         if node in again:
             stack += node.all_input_nodes
         elif node in step.forward and node.meta.get("role") != PARAM_GATHER:
-            base = storage_of(node)
-            if base in step.forward and base.meta.get("role") != PARAM_GATHER:
-                kept.add(base)
-    return kept
+            kept.add(storage_of(node))
+    return {n for n in kept - step.shared if n in step.forward and n.meta.get("role") != PARAM_GATHER}
 
 
 def _choose(step: _Step, layer: str, nodes: list[fx.Node], policy: Recompute) -> tuple[Recomputed, set[fx.Node]]:

@@ -9,14 +9,17 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+from omnicompile.capture.api import capture_model
 from omnicompile.lowering.step_graph import StepGraph, trace_step
 from omnicompile.passes import lower_forward
 from omnicompile.passes.liveness import peak_bytes
+from omnicompile.passes.recompute import recompute_pass
 from omnicompile.passes.segments import FORWARD, RECOMPUTE
 from omnicompile.plan import BlockPlan, Mesh
 from omnicompile.recompute import Recompute
+from omnicompile.workload import Workload
 
-from .models import text_batch
+from .models import mixture_model, text_batch
 from .parity import captured_for, program_of, whole_values
 from .steps import one_rank_step, run_on_all_ranks
 
@@ -137,6 +140,19 @@ def test_a_model_gives_the_same_bits_and_takes_less(kind: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(outputs, want, strict=True))
     none, selective, full = (peak_bytes(found[policy][0].gm).beyond_inputs for policy in Recompute)
     assert full < selective < none
+
+
+def test_a_layer_keeps_what_the_planner_says() -> None:
+    """Under `full` also the choices: of each of 128 tokens two experts and two places, and four counts."""
+    program = capture_model(mixture_model(), Workload(seq_len=128))
+    (layer,) = (segment for segment in program.segments if segment.role == "layer")
+    choices = {Recompute.FULL: 2 * 128 * 2 * 8 + 4 * 8}
+    for policy in (Recompute.SELECTIVE, Recompute.FULL):
+        step, _ = one_rank_step("moe", Recompute.NONE)
+        for done in recompute_pass(step.gm, BLOCKS[policy]):
+            expressions = [layer.saved[p].nbytes for p in (Recompute.NONE, policy)]
+            priced = [e.subs(dict.fromkeys(e.free_symbols, 128)) for e in expressions]
+            assert [done.kept_before, done.kept] == [priced[0], priced[1] + choices.get(policy, 0)]
 
 
 @pytest.mark.parametrize(
