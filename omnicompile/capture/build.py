@@ -15,7 +15,7 @@ from omnicompile.capture.cleanup import clean
 from omnicompile.capture.fusion import fuse
 from omnicompile.capture.joint import JointGraph, needs_gradient, trace_joint
 from omnicompile.capture.liveness import analyse
-from omnicompile.capture.regions import Region, Regions, find_regions, is_repeat
+from omnicompile.capture.regions import Region, Regions, find_regions, is_repeat, region_places
 from omnicompile.capture.repeats import LayerKind, Repeats
 from omnicompile.capture.symbols import GenericSize, SizeReader
 from omnicompile.capture.trace import TracedForward
@@ -260,29 +260,24 @@ def _common_path(paths: list[str]) -> str:
 
 
 def _runs(regions: Regions, repeats: Repeats) -> tuple[Run, ...]:
-    """Executions in order, equal neighbours merged. Layers inside layers come before the rest of the outer one.
-
-    A layer runs where its first node stands; what lies between layers too; what lies before or after them where its
-    last node stands, when all its inputs exist.
-    """
+    """Executions in order, equal neighbours merged. Layers inside layers come before the rest of the outer one."""
     names = {r.kind.index: r.name for r in regions.regions if r.kind is not None}
-    first, last, started = _places(regions)
+    nodes = list(next(iter(regions.of_node)).graph.nodes)
+    place = region_places(regions.regions, nodes, regions.of_node)
+    started = {str(n.args[1]): i for i, n in enumerate(nodes) if is_repeat(n) and n.target is not operator.getitem}
+    started |= {r.kind.path: int(place[r.name]) for r in regions.regions if r.kind is not None}
 
     def expand(kind: int) -> list[str]:
         inner = [name for call in repeats.calls if call.parent == kind for name in expand(call.kind)]
         return inner + ([names[kind]] if kind in names else [])
 
-    events: list[tuple[int, list[str]]] = []
-    for region in regions.regions:
-        if region.kind is None:
-            place = first if region.role == "other" else last
-            events.append((place[region.name], [region.name]))
-    place_now = 0
+    events = [(place[r.name], [r.name]) for r in regions.regions if r.kind is None]
+    now = 0
     for call in repeats.calls:
         if call.parent is None:
             # A traced layer all of whose work is done by layers inside it has no node of its own.
-            place_now = started.get(call.path, place_now)
-            events.append((place_now, expand(call.kind)))
+            now = started.get(call.path, now)
+            events.append((now, expand(call.kind)))
     runs: list[Run] = []
     for name in (name for _, executed in sorted(events, key=lambda e: e[0]) for name in executed):
         if runs and runs[-1].segment == name:
@@ -290,27 +285,6 @@ def _runs(regions: Regions, repeats: Repeats) -> tuple[Run, ...]:
         else:
             runs.append(Run(name, 1))
     return tuple(runs)
-
-
-def _places(regions: Regions) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
-    """Positions in the graph: of each region's first and last node, and of the first node of each layer by path."""
-    graph = next(iter(regions.of_node)).graph
-    first: dict[str, int] = {}
-    last: dict[str, int] = {}
-    started: dict[str, int] = {}
-    for index, node in enumerate(graph.nodes):
-        region = regions.of_node.get(node)
-        if region is None:
-            continue
-        if is_repeat(node):
-            if node.target is not operator.getitem:
-                started.setdefault(str(node.args[1]), index)
-            continue
-        first.setdefault(region.name, index)
-        last[region.name] = index
-        if region.kind is not None:
-            started.setdefault(region.kind.path, index)
-    return first, last, started
 
 
 def _edges(regions: Regions, reader: SizeReader) -> tuple[Edge, ...]:

@@ -27,6 +27,7 @@ _MODALITY_OF_INPUT = (
     ("mel", "audio"),
     ("ids", "text"),
     ("label", "text"),
+    ("cross", "text"),
     ("token", "text"),
     ("text", "text"),
 )
@@ -121,12 +122,19 @@ def _kind_blocks(traced: TracedForward, modality: dict[fx.Node, frozenset[str]],
     return {index: _block_name(m) for index, m in together.items()}
 
 
-def _kind_name(kind: LayerKind, block: str, kinds: list[LayerKind]) -> str:
-    """ "vision.blocks", or "vision.blocks@7" when the list holds several kinds, 7 being the first of this one."""
-    parts = kind.path.split(".")
-    owner = parts[-2] if len(parts) > 1 else "layers"
-    siblings = [k for k in kinds if k.path.split(".")[:-1] == parts[:-1]]
-    return f"{block}.{owner}" if len(siblings) == 1 else f"{block}.{owner}@{parts[-1]}"
+def _kind_name(kind: LayerKind, block: str, kinds: list[LayerKind], taken: set[str]) -> str:
+    """ "vision.blocks", or "vision.blocks@7" when the list holds several kinds, 7 being the first of this one.
+
+    More of the path is given where a block has two lists of that name.
+    """
+    *owners, index = kind.path.split(".")
+    siblings = [k for k in kinds if k.path.split(".")[:-1] == owners]
+    suffix = "" if len(siblings) == 1 else f"@{index}"
+    for length in range(1, len(owners) + 1):
+        name = ".".join([block, *owners[-length:]]) + suffix
+        if name not in taken:
+            return name
+    return f"{block}.{kind.path}"
 
 
 def _reach(nodes: list[fx.Node], seeds: set[fx.Node], forward: bool) -> set[fx.Node]:
@@ -150,7 +158,8 @@ def find_regions(traced: TracedForward) -> Regions:
     kind_regions: dict[int, Region] = {}
     for kind in traced.repeats.kinds:
         block = block_of_kind.get(kind.index, "text")
-        name = _kind_name(kind, block, traced.repeats.kinds)
+        taken = {region.name for region in kind_regions.values()}
+        name = _kind_name(kind, block, traced.repeats.kinds, taken)
         kind_regions[kind.index] = Region(name, block, "layer", kind=kind)
     of_node: dict[fx.Node, Region] = {}
     outside: dict[str, list[fx.Node]] = {}
@@ -209,14 +218,30 @@ def _cut_outside(
 
 
 def _execution_order(regions: list[Region], nodes: list[fx.Node], of_node: dict[fx.Node, Region]) -> list[Region]:
-    """Layers by the place of their first node, the rest by that of their last, when all their inputs exist."""
-    place: dict[int, int] = {}
+    """Regions in the order of their places in `nodes`."""
+    place = region_places(regions, nodes, of_node)
+    return sorted((r for r in regions if r.name in place), key=lambda r: place[r.name])
+
+
+def region_places(regions: list[Region], nodes: list[fx.Node], of_node: dict[fx.Node, Region]) -> dict[str, float]:
+    """When each region runs, by name, counted in nodes.
+
+    Layers, and what lies between them, run where their first node stands. The rest runs where its last node stands,
+    when all its inputs exist; an embedding in any case before the layers of its block.
+    """
+    place: dict[str, float] = {}
+    layers: dict[str, float] = {}
     for index, node in enumerate(nodes):
-        if node not in of_node:
+        region = of_node.get(node)
+        if region is None or is_repeat(node):
             continue
-        region = of_node[node]
-        if region.role in ("layer", "other"):
-            place.setdefault(id(region), index)
+        if region.kind is not None:
+            layers.setdefault(region.block, index)
+        if region.kind is not None or region.role == "other":
+            place.setdefault(region.name, index)
         else:
-            place[id(region)] = index
-    return sorted((r for r in regions if id(r) in place), key=lambda r: place[id(r)])
+            place[region.name] = index
+    for region in regions:
+        if region.role == "embed" and region.name in place:
+            place[region.name] = min(place[region.name], layers.get(region.block, len(nodes)) - 0.5)
+    return place

@@ -3,7 +3,7 @@ from torch import nn
 
 from omnicompile.program import Sym
 
-from .small import PATCHES, WIDTH, Language, Seeing, image_and_text, program_of
+from .small import PATCHES, WIDTH, Language, Layer, Seeing, image_and_text, program_of
 
 ROW = WIDTH * 4
 
@@ -103,3 +103,25 @@ def test_what_lies_between_layers_runs_between_them() -> None:
     assert [(r.segment, r.count) for r in program.runs if r.segment.startswith("text")] == [
         ("text.embed", 1), ("text.layers", 1), ("text.between", 1), ("text.layers", 2), ("text.head", 1),
     ]  # fmt: skip
+
+
+def test_two_lists_of_one_name_are_told_apart() -> None:
+    class Deep(Seeing):
+        """A second stack of the encoder, in a module of its own."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.deep = nn.Module()
+            self.deep.blocks = nn.ModuleList(Layer(heads=4, causal=False) for _ in range(2))
+
+        def forward(self, input_ids, pixel_values, labels):
+            image = self.patch(pixel_values)
+            for block in (*self.blocks, *self.deep.blocks):
+                image = block(image)
+            x = self.embed(input_ids)
+            return self.loss(torch.cat((x[:, :PATCHES] + self.projector(image), x[:, PATCHES:]), dim=1), labels)
+
+    program = program_of(Deep(), image_and_text())
+    names = [s.name for s in program.segments]
+    assert len(set(names)) == len(names)
+    assert {"vision.blocks", "vision.deep.blocks"} <= set(names)
