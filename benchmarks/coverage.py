@@ -3,11 +3,14 @@
 Goes over every class of transformers' multimodal-LM and image-text-to-text mappings and every causal LM whose default
 configuration has experts. Stages: build (on the meta device), inputs, forward (fake, to a scalar loss), capture, plan.
 Some default configurations cannot run in any framework: no placeholder token ids, a vision tower wider than the text
-that it feeds. A class that fails as it is, is tried again with such fields mended (by general rules, `mend`), and
-counted apart.
+that it feeds. A class that fails as it is, is tried again with such fields mended by general rules, and
+counted apart (mended_defaults.py).
 Prints how many succeed, with the reason for each that does not; writes benchmarks/results/coverage.json and .md.
 
-    python benchmarks/coverage.py [--until forward|capture|plan] [--only NAME ...] [--jobs 2]
+    python benchmarks/coverage.py [--until forward|capture|plan] [--only NAME ... | --failed] [--jobs 2]
+
+Results are written as they come; a run of some classes (`--only`, `--failed`, `--stale`) replaces the results of those
+alone. Each result states the commit that it was made with.
 """
 
 from __future__ import annotations
@@ -17,27 +20,35 @@ import contextlib
 import json
 import multiprocessing
 import os
-import re
 import resource
 import signal
+import subprocess
 import time
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import mended_defaults
+
 STAGES = ("build", "inputs", "forward", "capture", "plan")
 RESULTS = Path(__file__).parent / "results"
-SEQ_LEN, IMAGE_PIXELS, AUDIO_SECONDS, GPUS = 4096, 448, 10.0, 128
+SEQ_LEN, IMAGE_PIXELS, AUDIO_SECONDS = 4096, 448, 10.0
+GPUS = (128, 512, 2048)  # models of a trillion parameters do not fit on the first
+# The code that results depend on.
+_PRICED = ("../omnicompile/capture", "../omnicompile/anchors", "../omnicompile/planner", "../cost_model")
 EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 
 
 @dataclass
 class Outcome:
     """What became of one class. failed: the stage that failed, "" if all went well. seconds: per stage that ran.
-    mended: fields of the default configuration that were changed, and reason_as_is: why it failed without."""
+    mended: fields of the default configuration that were changed, and reason_as_is: why it failed without. commit:
+    the code that it was made with. until: the last stage that was asked for. gpus: the number
+    of H100 that it was planned on."""
 
     name: str
     group: str
@@ -46,6 +57,9 @@ class Outcome:
     seconds: dict[str, float] = field(default_factory=dict)
     mended: list[str] = field(default_factory=list)
     reason_as_is: str = ""
+    commit: str = ""
+    until: str = ""
+    gpus: int = 0
 
 
 def classes() -> list[tuple[str, str]]:
@@ -100,62 +114,10 @@ def _build(name: str, config: Any = None) -> Any:
         return kind(kind.config_class() if config is None else config).to(torch.bfloat16)
 
 
-PLACEHOLDER_FIELDS = ("image_token_id", "image_token_index", "audio_token_id", "audio_token_index", "video_token_id")
-TOWER_OUTPUT_FIELDS = ("out_hidden_size", "output_dim", "output_proj_dim")
-
-
 def mend(name: str) -> tuple[Any, list[str]]:
-    """The default configuration of class `name` with what keeps it from running changed, and what was changed.
-
-    Placeholder token ids that are not set get the last ids of the vocabulary; a tower's output gets the width of the
-    text that it feeds; the rotated part of a head is what its sections sum up to; heads divide the width;
-    attention dropout, which the attention operator refuses, is 0.
-    """
     import transformers
 
-    config = getattr(transformers, name).config_class()
-    text = config.get_text_config()
-    changed: list[str] = []
-
-    def put(owner: Any, path: str, key: str, value: Any) -> None:
-        setattr(owner, key, value)
-        changed.append(f"{path}{key}={value}")
-
-    def walk(owner: Any, path: str) -> None:
-        for key, value in list(vars(owner).items()):
-            if hasattr(value, "to_dict"):
-                walk(value, f"{path}{key}.")
-            elif re.search(r"att.*drop", key) and isinstance(value, float) and value > 0:
-                put(owner, path, key, 0.0)
-            elif key in TOWER_OUTPUT_FIELDS and owner is not text and value not in (None, text.hidden_size):
-                put(owner, path, key, text.hidden_size)
-
-    walk(config, "")
-    for owner, path in _with_heads(config, ""):
-        heads = max(n for n in range(1, owner.num_attention_heads + 1) if owner.hidden_size % n == 0)
-        if heads != owner.num_attention_heads and getattr(owner, "head_dim", None) is None:
-            put(owner, path, "num_attention_heads", heads)
-    rope = getattr(text, "rope_parameters", None) or {}
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    rotated = 2 * sum(rope.get("mrope_section") or [])
-    if rotated and rotated != head_dim * rope.get("partial_rotary_factor", 1.0):
-        rope["partial_rotary_factor"] = rotated / head_dim
-        changed.append(f"rope_parameters.partial_rotary_factor={rotated / head_dim}")
-    for number, key in enumerate(PLACEHOLDER_FIELDS, 1):
-        if hasattr(config, key) and getattr(config, key) is None:
-            put(config, "", key, text.vocab_size - number)
-    return config, changed
-
-
-def _with_heads(config: Any, path: str) -> list[tuple[Any, str]]:
-    """The configurations that state a width and a number of heads, with their paths."""
-    found = []
-    if all(isinstance(getattr(config, key, None), int) for key in ("hidden_size", "num_attention_heads")):
-        found.append((config, path))
-    for key, value in vars(config).items():
-        if hasattr(value, "to_dict"):
-            found += _with_heads(value, f"{path}{key}.")
-    return found
+    return mended_defaults.mend(getattr(transformers, name))
 
 
 def _forward(model: Any, inputs: Any) -> None:
@@ -168,10 +130,10 @@ def _forward(model: Any, inputs: Any) -> None:
         raise ValueError(f"the loss has {seen.loss_dim} dimensions")
 
 
-def _capture(name: str, config: Any) -> Any:
+def _capture(model: Any, name: str) -> Any:
     from omnicompile.capture.api import capture_model
 
-    return capture_model(_build(name, config), _workload(), name=name)
+    return capture_model(model, _workload(), name=name)
 
 
 def _workload() -> Any:
@@ -180,11 +142,18 @@ def _workload() -> Any:
     return Workload(seq_len=SEQ_LEN, image_size=(IMAGE_PIXELS, IMAGE_PIXELS), audio_seconds=None)
 
 
-def _plan(program: Any) -> Any:
+def _plan(program: Any) -> int:
+    """The first of GPUS that a plan fits on."""
     from omnicompile.cluster import Cluster
+    from omnicompile.errors import InfeasibleError
     from omnicompile.planner.api import plan_program
 
-    return plan_program(program, Cluster(gpus=GPUS), _workload())
+    for gpus in GPUS[:-1]:
+        with contextlib.suppress(InfeasibleError):
+            plan_program(program, Cluster(gpus=gpus), _workload())
+            return gpus
+    plan_program(program, Cluster(gpus=GPUS[-1]), _workload())
+    return GPUS[-1]
 
 
 def attempt(name: str, group: str, until: str) -> Outcome:
@@ -200,7 +169,10 @@ def attempt(name: str, group: str, until: str) -> Outcome:
         return outcome
     second = _attempt(name, group, until, config)
     second.mended, second.reason_as_is = changed, outcome.reason
-    return second if not second.failed else outcome
+    if second.failed:
+        outcome.reason += f" (with {', '.join(changed)}: {second.failed}: {second.reason})"
+        return outcome
+    return second
 
 
 def _attempt(name: str, group: str, until: str, config: Any) -> Outcome:
@@ -212,7 +184,7 @@ def _attempt(name: str, group: str, until: str, config: Any) -> Outcome:
         "build": lambda: _build(name, config),
         "inputs": lambda: make_inputs(made["build"], _request(made["build"])),
         "forward": lambda: _forward(made["build"], made["inputs"]),
-        "capture": lambda: _capture(name, config),
+        "capture": lambda: _capture(made["build"], name),
         "plan": lambda: _plan(made["capture"]),
     }
     # A capture makes its own inputs and runs the forward itself.
@@ -229,56 +201,101 @@ def _attempt(name: str, group: str, until: str, config: Any) -> Outcome:
         outcome.seconds[stage] = round(time.perf_counter() - start, 2)
         if outcome.failed:
             break
+    outcome.gpus = made.get("plan", 0)
     return outcome
 
 
-def _child(name: str, group: str, until: str, memory: int, pipe: Connection) -> None:
+def _child(name: str, group: str, until: str, limits: tuple[int, int], pipe: Connection) -> None:
+    seconds, memory = limits
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
         pipe.send(asdict(attempt(name, group, until)))
 
 
-def run_all(todo: list[tuple[str, str]], until: str, jobs: int, timeout: float, memory: int) -> list[Outcome]:
-    """Each class in a process of its own (forked, so that torch is imported once), `jobs` at a time."""
+def run_all(
+    todo: list[tuple[str, str]], until: str, jobs: int, limits: tuple[int, int], done: Callable[[Outcome], None]
+) -> None:
+    """Each class in a process of its own (forked, so that all is imported once), `jobs` at a time.
+
+    limits: (seconds of processor time, bytes of address space) of each. done: called with every outcome.
+    """
     context = multiprocessing.get_context("fork")
-    running: list[tuple[str, str, Any, Any, float]] = []
-    outcomes: list[Outcome] = []
+    running: list[tuple[str, str, Any, Any]] = []
     waiting = list(todo)
+    finished = 0
     while waiting or running:
         while waiting and len(running) < jobs:
             name, group = waiting.pop(0)
             receive, send = context.Pipe(duplex=False)
-            process = context.Process(target=_child, args=(name, group, until, memory, send))
+            process = context.Process(target=_child, args=(name, group, until, limits, send))
             process.start()
             send.close()
-            running.append((name, group, process, receive, time.monotonic()))
+            running.append((name, group, process, receive))
         time.sleep(0.05)
         for entry in list(running):
-            outcome = _finished(*entry, timeout=timeout)
+            outcome = _finished(*entry, limits=limits)
             if outcome is not None:
                 running.remove(entry)
-                outcomes.append(outcome)
+                done(outcome)
+                finished += 1
                 state = f"{outcome.failed}: {outcome.reason}" if outcome.failed else "ok"
-                print(f"{len(outcomes)}/{len(todo)} {outcome.name} {state}", flush=True)
-    return outcomes
+                print(f"{finished}/{len(todo)} {outcome.name} {state}", flush=True)
 
 
-def _finished(name: str, group: str, process: Any, pipe: Any, start: float, timeout: float) -> Outcome | None:
-    if pipe.poll():
-        try:
-            outcome = Outcome(**pipe.recv())
-        except EOFError:
-            process.join()
-            code = process.exitcode
-            killed = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
-            return Outcome(name, group, "process", f"ended by {killed}")
+def _finished(name: str, group: str, process: Any, pipe: Any, limits: tuple[int, int]) -> Outcome | None:
+    if not pipe.poll():
+        return None
+    try:
+        outcome = Outcome(**pipe.recv())
+    except EOFError:
         process.join()
-        return outcome
-    if time.monotonic() - start > timeout:
-        process.kill()
-        process.join()
-        return Outcome(name, group, "timeout", f"took more than {timeout:.0f} s")
-    return None
+        code = process.exitcode
+        killed = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
+        if killed in ("SIGXCPU", "SIGKILL"):
+            return Outcome(name, group, "timeout", f"took more than {limits[0]} s of processor time")
+        return Outcome(name, group, "process", f"ended by {killed}")
+    process.join()
+    return outcome
+
+
+def _import_all() -> None:
+    """What a capture and a plan need, so that each forked process finds it imported: one state of the code."""
+    import importlib
+    import pkgutil
+
+    import omnicompile.anchors
+    import omnicompile.capture
+    import omnicompile.planner
+
+    for package in (omnicompile.anchors, omnicompile.capture, omnicompile.planner):
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            importlib.import_module(module.name)
+
+
+def _commit() -> str:
+    """The commit of the working tree, marked where files of the package differ from it."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True).stdout
+
+    changed = git("status", "--porcelain", "-uno", "--", *_PRICED, __file__)
+    return git("rev-parse", "--short", "HEAD").strip() + ("+" if changed.strip() else "")
+
+
+def _known() -> dict[str, Outcome]:
+    """Results of earlier runs."""
+    path = RESULTS / "coverage.json"
+    return {o["name"]: Outcome(**o) for o in json.loads(path.read_text())} if path.exists() else {}
+
+
+def _store(outcomes: dict[str, Outcome], until: str) -> str:
+    RESULTS.mkdir(exist_ok=True)
+    ordered = [outcomes[name] for name in sorted(outcomes)]
+    (RESULTS / "coverage.json").write_text(json.dumps([asdict(o) for o in ordered], indent=1) + "\n")
+    text = report(ordered, until)
+    (RESULTS / "coverage.md").write_text(text)
+    return text
 
 
 def report(outcomes: list[Outcome], until: str) -> str:
@@ -286,7 +303,7 @@ def report(outcomes: list[Outcome], until: str) -> str:
     import torch
     import transformers
 
-    good = [o for o in outcomes if not o.failed]
+    good = [o for o in outcomes if not o.failed and o.until == until]
     as_is = [o for o in good if not o.mended]
     total = max(1, len(outcomes))
     lines = [
@@ -296,7 +313,8 @@ def report(outcomes: list[Outcome], until: str) -> str:
         "with fields mended that keep the default configuration from running (last table).",
         "",
         f"transformers {transformers.__version__}, torch {torch.__version__}, made by "
-        f"`python benchmarks/coverage.py --until {until}`.",
+        f"`python benchmarks/coverage.py --until {until}` "
+        f"at commits {', '.join(sorted({o.commit for o in outcomes}))}; + marks uncommitted changes of files.",
         "",
         "| group | classes | succeed | of these as is |",
         "|---|---|---|---|",
@@ -306,8 +324,13 @@ def report(outcomes: list[Outcome], until: str) -> str:
         lines.append(f"| {group} | {count} | {of_group[0]} | {of_group[1]} |")
     lines += ["", "| class | fails at | reason |", "|---|---|---|"]
     for o in sorted(outcomes, key=lambda o: (o.failed, o.name)):
-        if o.failed:
+        if o.until != until and not o.failed:
+            lines.append(f"| {o.name} | | not run up to this stage |")
+        elif o.failed:
             lines.append(f"| {o.name} | {o.failed} | {o.reason.replace('|', '/')} |")
+    larger = [f"{o.name} ({o.gpus})" for o in good if o.gpus > GPUS[0]]
+    if larger:
+        lines += ["", f"Planned on more than {GPUS[0]} H100, which they do not fit on: {', '.join(larger)}."]
     lines += ["", "| class | mended | as it is |", "|---|---|---|"]
     for o in sorted(good, key=lambda o: o.name):
         if o.mended:
@@ -319,20 +342,36 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--until", choices=STAGES, default="plan")
     parser.add_argument("--only", nargs="*", default=None, help="class names")
+    parser.add_argument("--failed", action="store_true", help="only classes that failed in the last run")
+    parser.add_argument("--stale", action="store_true", help="only classes without a result of this commit")
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--timeout", type=float, default=120.0, help="seconds per class")
+    parser.add_argument("--timeout", type=int, default=120, help="seconds of processor time per class")
     parser.add_argument("--memory", type=float, default=10.0, help="GiB of address space per class")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
-    todo = [(n, g) for n, g in classes() if options.only is None or n in options.only]
-    outcomes = run_all(todo, options.until, options.jobs, options.timeout, int(options.memory * 2**30))
-    outcomes.sort(key=lambda o: o.name)
-    text = report(outcomes, options.until)
-    print(text)
-    if options.only is None:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "coverage.json").write_text(json.dumps([asdict(o) for o in outcomes], indent=1) + "\n")
-        (RESULTS / "coverage.md").write_text(text)
+    _import_all()
+    commit, everything, known = _commit(), classes(), _known()
+
+    def wanted(name: str) -> bool:
+        last = known.get(name)
+        if options.only is not None:
+            return name in options.only
+        if last is None or last.until != options.until:
+            return True
+        return bool(last.failed) if options.failed else last.commit != commit if options.stale else True
+
+    outcomes = {name: known[name] for name, _ in everything if name in known}
+
+    def done(outcome: Outcome) -> None:
+        outcome.commit, outcome.until = commit, options.until
+        outcomes[outcome.name] = outcome
+        _store(outcomes, options.until)
+
+    todo = [(name, group) for name, group in everything if wanted(name)]
+    if len(todo) > options.jobs:
+        _attempt(*everything[0], options.until, None)  # what a first capture imports is there when processes fork
+    run_all(todo, options.until, options.jobs, (options.timeout, int(options.memory * 2**30)), done)
+    print(_store(outcomes, options.until))
 
 
 if __name__ == "__main__":
