@@ -111,4 +111,5 @@ class HostMode(TorchFunctionMode):
             return result
         if func is torch.Tensor.__getitem__ and (indices := _mask_to_indices(args[1])) is not None:
             return self.traced(func, (args[0], indices), {})
-        return self.traced(func, _with_numbers(args), kwargs)
+        numbers = {k: _number(v) if isinstance(v, slice | tuple | list) else v for k, v in kwargs.items()}
+        return self.traced(func, _with_numbers(args), numbers)
