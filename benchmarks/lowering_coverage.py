@@ -1,7 +1,7 @@
 """How many of the classes that plan also lower, and match the single process at tiny size on 4 simulated ranks.
 
 Every class of coverage.py, its default configuration (mended where coverage.py mends it) shrunk by general rules, under
-one plan with FSDP, sequence parallelism 2, data parallelism 2 and, where there are experts, expert parallelism 2. Equal:
+one plan with FSDP, data parallelism 2, sequence parallelism 2 and expert parallelism 2 where there are experts. Equal:
 the loss and every gradient are what `omnicompile verify` calls equal. Writes benchmarks/results/lowering.json and .md,
 as results come.
 

@@ -8,16 +8,28 @@ from typing import Any
 
 import pytest
 
-from .test_verify import MODEL
+LAYERED = """
+import torch
+from torch import nn
 
-LAYERED = MODEL.replace(
-    "self.embed, self.norm",
-    "self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(4))\n        self.embed, self.norm",
-).replace(
-    "logits = self.head(self.norm(self.embed(input_ids)))",
-    "x = self.embed(input_ids)\n        for layer in self.layers:\n            x = layer(x)\n"
-    "        logits = self.head(self.norm(x))",
-)
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.norm, self.head = nn.Embedding(64, 16), nn.LayerNorm(16), nn.Linear(16, 64)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 16)) for _ in range(4))
+    def forward(self, input_ids, labels):
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = x + layer(x)
+        return nn.functional.cross_entropy(self.head(self.norm(x)).flatten(0, 1), labels.flatten())
+
+def build():
+    return Net()
+
+def inputs():
+    ids = torch.arange(32)[None]
+    return {"input_ids": ids, "labels": ids}
+"""
 
 
 @pytest.fixture
