@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, fx
 
+from omnicompile.lowering.regions import compile_regions
 from omnicompile.lowering.step_graph import trace_step
 from omnicompile.passes.rank_program import RankProgram
 
@@ -38,6 +39,15 @@ def step_with(compile: Compile, device: torch.device, program: RankProgram) -> t
     return compile(move_to(step.gm, device)), step.gradients
 
 
+def _inductor(module: fx.GraphModule, dynamic: bool) -> Function:
+    return torch.compile(module, dynamic=dynamic, fullgraph=True)
+
+
+def _by_regions(gm: fx.GraphModule) -> Function:
+    """Each distinct region of compute between collectives compiled once, so that compile time does not grow with depth."""
+    return compile_regions(gm, _inductor)[0]
+
+
 @dataclass(frozen=True)
 class Backend:
     """compile: of the forward. make_step: of forward and backward as one graph; None: autograd does the backward."""
@@ -51,5 +61,5 @@ BACKENDS: Mapping[str, Backend] = {
     "torch.compile": Backend(torch.compile),
     "aot_eager": Backend(partial(torch.compile, backend="aot_eager")),
     "step": Backend(run_graph, partial(step_with, run_graph)),
-    "inductor": Backend(torch.compile, partial(step_with, torch.compile)),
+    "inductor": Backend(run_graph, partial(step_with, _by_regions)),
 }

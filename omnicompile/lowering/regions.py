@@ -1,0 +1,168 @@
+"""Cut a step graph into regions of plain compute, and compile each distinct one once.
+
+    a = mm(x, w); b = gelu(a); c = all_gather(b); d = wait(c); e = mm(d, v)
+ -> (b,) = region_0(x, w); c = all_gather(b); d = wait(c); (e,) = region_1(d, v)
+
+Collectives, anchors and what gives numbers stay in the outer graph, where they can be ordered across layers. Regions
+of equal structure share one compiled function, and the layers of a kind have equal regions: the number of compilations
+does not grow with depth.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+Function = Callable[..., Any]
+Compile = Callable[[fx.GraphModule, bool], Function]
+_UNBACKED = re.compile(r"\b[us]\d+\b")
+
+
+@dataclass(frozen=True)
+class Region:
+    """A contiguous run of nodes; `inputs` are read from outside, `outputs` are read outside."""
+
+    nodes: tuple[fx.Node, ...]
+    inputs: tuple[fx.Node, ...]
+    outputs: tuple[fx.Node, ...]
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether a shape in it depends on data (rows of an expert)."""
+        return any(_symbolic(node) for node in (*self.nodes, *self.inputs))
+
+
+def _values(node: fx.Node) -> list[Any]:
+    value = node.meta.get("val")
+    return list(value) if isinstance(value, tuple | list) else [value]
+
+
+def _symbolic(node: fx.Node) -> bool:
+    sizes = [size for v in _values(node) if isinstance(v, Tensor) for size in v.shape]
+    return any(isinstance(size, torch.SymInt) for size in sizes)
+
+
+def is_compute(node: fx.Node) -> bool:
+    """An ATen operator on tensors whose results are tensors."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    if node.target.namespace not in ("aten", "prims"):
+        return False
+    return all(isinstance(value, Tensor) for value in _values(node))
+
+
+def find_regions(gm: fx.GraphModule) -> list[Region]:
+    return [_region(run) for run in _runs(gm)]
+
+
+def _runs(gm: fx.GraphModule) -> list[list[fx.Node]]:
+    """Maximal runs of compute in the order of the graph; elements of a run's tuples belong to it."""
+    runs: list[list[fx.Node]] = []
+    run: list[fx.Node] = []
+    members: set[fx.Node] = set()
+    for node in gm.graph.nodes:
+        of_run = node.target is operator.getitem and node.args[0] in members
+        if is_compute(node) or of_run:
+            run.append(node)
+            members.add(node)
+        elif node.op in ("call_function", "output"):
+            runs.append(run)
+            run, members = [], set()
+    return [nodes for nodes in runs if any(_works(node) for node in nodes)]
+
+
+def _works(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and not node.target.is_view
+
+
+def _region(nodes: list[fx.Node]) -> Region:
+    inside = set(nodes)
+    inputs = dict.fromkeys(source for node in nodes for source in node.all_input_nodes if source not in inside)
+    outputs = [node for node in nodes if any(user not in inside for user in node.users)]
+    return Region(tuple(nodes), tuple(inputs), tuple(outputs))
+
+
+def structure(region: Region) -> str:
+    """A text that is equal for regions that compute the same of inputs of the same shapes."""
+    number = {node: f"i{i}" for i, node in enumerate(region.inputs)}
+    number |= {node: f"n{i}" for i, node in enumerate(region.nodes)}
+    lines = [f"{[_layout(v) for v in _values(node)]}" for node in region.inputs]
+    for node in region.nodes:
+        args = fx.map_arg((node.args, node.kwargs), lambda n: _Name(number[n]))
+        lines.append(f"{node.target} {args}")
+    lines.append(" ".join(number[node] for node in region.outputs))
+    return _without_symbol_names("\n".join(lines))
+
+
+class _Name(str):
+    __slots__ = ()
+
+
+def _layout(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype}{tuple(value.shape)}{value.stride()}"
+    return type(value).__name__
+
+
+def _without_symbol_names(text: str) -> str:
+    """Symbols of sizes are numbered anew for each region: only which are equal counts."""
+    names: dict[str, str] = {}
+    return _UNBACKED.sub(lambda found: names.setdefault(found.group(), f"size{len(names)}"), text)
+
+
+def as_module(region: Region) -> fx.GraphModule:
+    """The region as a module: `module(*inputs)` gives the list of outputs."""
+    graph = fx.Graph()
+    made: dict[fx.Node, fx.Node] = {}
+    for i, node in enumerate(region.inputs):
+        made[node] = graph.placeholder(f"i{i}")
+        made[node].meta = dict(node.meta)
+    for node in region.nodes:
+        made[node] = graph.node_copy(node, lambda n: made[n])
+    graph.output([made[node] for node in region.outputs])
+    return fx.GraphModule(torch.nn.Module(), graph)
+
+
+def compile_regions(
+    gm: fx.GraphModule, compile: Callable[[fx.GraphModule, bool], Function]
+) -> tuple[fx.GraphModule, int]:
+    """Replace every region of `gm`, in place, by a call of what `compile(module, dynamic)` makes of it. Returns the
+    graph and the number of distinct regions."""
+    names: dict[str, str] = {}
+    for run in _runs(gm):
+        region = _region(run)
+        key = structure(region)
+        if key not in names:
+            names[key] = f"region_{len(names)}"
+            gm.add_submodule(names[key], _Compiled(compile(as_module(region), region.dynamic)))
+        _call(gm, region, names[key])
+    gm.graph.lint()
+    gm.recompile()
+    return gm, len(names)
+
+
+class _Compiled(nn.Module):
+    def __init__(self, function: Function) -> None:
+        super().__init__()
+        self._function = function
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self._function(*inputs)
+
+
+def _call(gm: fx.GraphModule, region: Region, name: str) -> None:
+    with gm.graph.inserting_after(region.nodes[-1]):
+        call = gm.graph.call_module(name, region.inputs)
+    with gm.graph.inserting_after(call):
+        for index, node in reversed(list(enumerate(region.outputs))):
+            item = gm.graph.call_function(operator.getitem, (call, index))
+            item.meta = dict(node.meta)
+            node.replace_all_uses_with(item, delete_user_cb=lambda user, inside=set(region.nodes): user not in inside)
+    for node in reversed(region.nodes):
+        gm.graph.erase_node(node)

@@ -1,0 +1,64 @@
+"""Regions of compute between collectives are compiled once per structure."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import make_plan, mixture_model, text_batch
+from torch import fx
+
+from omnicompile.lowering.driver import default_lower, rank_program, with_outputs
+from omnicompile.lowering.graph_capture import capture_forward
+from omnicompile.lowering.regions import compile_regions, find_regions
+from omnicompile.lowering.step_graph import StepGraph, trace_step
+from omnicompile.plan import Mesh
+
+
+def step_of(layers: int, mesh: Mesh) -> StepGraph:
+    captured, _ = capture_forward(mixture_model(layers), text_batch(1))
+    names = dict.fromkeys(captured.params.values(), True)
+    forward = with_outputs(captured, ("loss",))
+    return trace_step(default_lower(rank_program(forward, make_plan(("text",), mesh), names, {32}, torch.float32)))
+
+
+def keep(module: fx.GraphModule, dynamic: bool) -> fx.GraphModule:
+    return module
+
+
+def compiled(module: fx.GraphModule, dynamic: bool) -> Any:
+    return torch.compile(module, backend="aot_eager", dynamic=dynamic, fullgraph=True)
+
+
+@pytest.mark.parametrize("compile", [keep, compiled])
+def test_the_graph_of_regions_computes_the_same(compile: Any) -> None:
+    step = step_of(1, Mesh())
+    generator = torch.Generator().manual_seed(0)
+    arguments = []
+    for node in step.gm.graph.find_nodes(op="placeholder"):
+        value = node.meta["val"]
+        whole = torch.randint(0, 4, value.shape, generator=generator)
+        arguments.append(0.1 * torch.randn(value.shape, generator=generator) if value.is_floating_point() else whole)
+    with torch.no_grad():
+        want = step.gm(*arguments)
+        gm, count = compile_regions(step.gm, compile)
+        got = gm(*arguments)
+    assert count > 0
+    for ours, theirs in zip(got, want):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_the_number_of_compilations_does_not_grow_with_depth() -> None:
+    mesh = Mesh(dp_shard=2, sp=2, ep=2)
+    counts = {layers: compile_regions(step_of(layers, mesh).gm, keep)[1] for layers in (2, 4, 8)}
+    assert len(set(counts.values())) == 1, counts
+
+
+def test_collectives_and_anchors_stay_outside() -> None:
+    step = step_of(1, Mesh(sp=2))
+    for region in find_regions(step.gm):
+        for node in region.nodes:
+            assert node.target is operator.getitem or node.target.namespace == "aten"
