@@ -37,9 +37,10 @@ def _text_model(draw: st.DrawFn, heads: int, aux: bool) -> nn.Module:
     if draw(st.booleans()):
         return _build(LlamaForCausalLM, LlamaConfig(**common, attention_bias=draw(st.booleans())))
     experts = draw(st.sampled_from([4, 8]))
+    step = draw(st.integers(1, common["num_hidden_layers"]))
     mixture = Qwen3MoeConfig(
         **common, num_experts=experts, num_experts_per_tok=draw(st.integers(1, 3)), moe_intermediate_size=16,
-        decoder_sparse_step=draw(st.integers(1, common["num_hidden_layers"])), norm_topk_prob=draw(st.booleans()), output_router_logits=aux,
+        decoder_sparse_step=step, norm_topk_prob=draw(st.booleans()), output_router_logits=aux,
         router_aux_loss_coef=0.05,
     )  # fmt: skip
     mixture._experts_implementation = "eager"  # the reference's grouped product takes no float64
