@@ -149,6 +149,10 @@ class Propagation:
                 self._getitem(node)
             else:
                 self._call(node)
+        for node in self.program.gm.graph.nodes:
+            if node.target is torch.ops.aten.view.default:
+                # Pieces may have other strides than the whole had, so that a view of them may not exist.
+                node.target = torch.ops.aten.reshape.default
         for node, placements in self.actual.items():
             node.meta["placement"] = placements if len(placements) > 1 else placements[0]
 
