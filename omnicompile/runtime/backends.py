@@ -44,7 +44,7 @@ def _inductor(module: fx.GraphModule, dynamic: bool) -> Function:
 
 
 def _by_regions(gm: fx.GraphModule) -> Function:
-    """Each distinct region of compute between collectives compiled once, so that compile time does not grow with depth."""
+    """Each distinct region of compute between collectives is compiled once, whatever the model's depth."""
     return compile_regions(gm, _inductor)[0]
 
 

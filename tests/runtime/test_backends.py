@@ -1,0 +1,55 @@
+"""Every backend gives the loss and gradients of one process, on two gloo processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tiny_models import (
+    image_batch,
+    make_plan,
+    mixture_model,
+    reference_gradients,
+    run_ranks,
+    text_batch,
+    vision_language_model,
+    worst_error,
+)
+from torch import Tensor
+
+from omnicompile.plan import Mesh
+from omnicompile.runtime.parallel_module import ParallelModule
+from omnicompile.runtime.parallelize import parallelize
+
+GRIDS = [[(1, 4, 8), (1, 8, 8)], [(1, 6, 16)]]
+
+
+def batch_of(kind: str, seed: int) -> dict[str, Tensor]:
+    return image_batch(seed, GRIDS[seed % 2]) if kind == "vlm" else text_batch(seed)
+
+
+def errors(rank: int, world: int, kind: str, mesh: Mesh, backend: str) -> list[tuple[float, float]]:
+    """(difference of the losses, worst error of a gradient) of two batches with different images."""
+    model = vision_language_model(1) if kind == "vlm" else mixture_model(1)
+    blocks = ("text", "vision") if kind == "vlm" else ("text",)
+    module: Any = parallelize(model, make_plan(blocks, mesh), "cpu", batch_of(kind, 0), backend)
+    assert isinstance(module, ParallelModule)
+    found = []
+    for seed in (0, 1):
+        module.zero_grad()
+        loss = module(**batch_of(kind, seed)).loss
+        loss.backward()
+        want, gradients = reference_gradients(model, [batch_of(kind, seed)])
+        got = {name: module.full_gradient(name) for name in gradients}
+        found.append((abs(loss.item() - want), worst_error(got, gradients)))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["step", "aot_eager", "inductor", "torch.compile"])
+@pytest.mark.parametrize("kind, mesh", [("vlm", Mesh(sp=2)), ("moe", Mesh(sp=2, ep=2))])
+def test_equal_to_one_process(kind: str, mesh: Mesh, backend: str) -> None:
+    for found in run_ranks(errors, 2, kind, mesh, backend):
+        for loss, gradient in found:
+            assert loss < 1e-5
+            assert gradient < 1e-5
