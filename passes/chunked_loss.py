@@ -232,7 +232,8 @@ def _loss_and_gradient(
 
 def _transformed(logits: Tensor, steps: tuple[Step, ...]) -> tuple[Tensor, list[Callable[[Tensor], Tensor]]]:
     """The logits as the loss sees them, and how a gradient goes back through each step."""
-    value, back = logits, list[Callable[[Tensor], Tensor]]()
+    value = logits
+    back: list[Callable[[Tensor], Tensor]] = []
     for kind, argument in steps:
         if kind == "cast":
             back.append(_cast_to(value.dtype))

@@ -160,3 +160,15 @@ def test_the_plan_decides() -> None:
     assert [(n.op, n.name) for n in fuse_loss_head_pass(program).gm.graph.nodes] == before
     chunked: fx.Graph = fuse_loss_head_pass(replace(program, loss_head=LossHead.CHUNKED)).gm.graph
     assert chunked.find_nodes(op="call_function", target=chunked_cross_entropy)
+
+
+def test_it_compiles_as_one_graph() -> None:
+    hidden, weight, bias, target = head_inputs(torch.float32)
+    steps = (("scale", 0.5), ("tanh", None), ("cast", torch.float32))
+
+    def head(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return chunked_cross_entropy(hidden, weight, bias, target, IGNORE, 8, steps) / 3
+
+    compiled = torch.compile(head, backend="aot_eager", fullgraph=True)
+    got, want = (torch.autograd.grad(f(hidden, weight, bias), (hidden, weight, bias)) for f in (compiled, head))
+    torch.testing.assert_close(got, want)
