@@ -102,7 +102,7 @@ class Mender:
         known = field(owner, "projector_patch_to_query_dict")
         if isinstance(tokens, int) and side < math.isqrt(tokens):
             self.put(vision, f"{path}vision_config.", "image_size", patch * math.isqrt(tokens))
-        merged = field(owner, "downsample_factor")
+        merged = field(owner, "downsample_factor") or field(owner, "scale_factor")
         if isinstance(merged, int) and side % merged:
             self.put(vision, f"{path}vision_config.", "image_size", patch * (side - side % merged))
         if isinstance(known, dict) and known and side**2 not in {int(n) for n in known}:

@@ -7,7 +7,7 @@ traced as usual.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -18,12 +18,31 @@ from omnicompile.torch_compat import is_plain_host_tensor, outside_tracing
 
 # Host metadata is a few entries per token; past this many elements a tensor is data, and evaluating it for real (an
 # S x S mask, say) would cost memory that tracing must not cost.
-MAX_HOST_ELEMENTS = 1 << 24
+MAX_HOST_ELEMENTS = 1 << 25
 
 _FACTORIES = frozenset(
     {torch.arange, torch.tensor, torch.as_tensor, torch.zeros, torch.ones, torch.full, torch.empty, torch.linspace}
 )
 _INTEGER_DTYPES = frozenset({torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64})
+
+
+# Operations whose arguments after the first are sizes, where a host integer is a number.
+_SIZED = frozenset(
+    {
+        torch.Tensor.view, torch.Tensor.reshape, torch.Tensor.expand, torch.Tensor.repeat, torch.Tensor.split,
+        torch.Tensor.narrow, torch.Tensor.unflatten, torch.Tensor.chunk, torch.reshape, torch.split, torch.narrow,
+        torch.chunk,
+    }
+)  # fmt: skip
+# What these make of an input without padding has none either.
+_KEEPS_DATA = frozenset(
+    {
+        torch.Tensor.to, torch.Tensor.type, torch.Tensor.view, torch.Tensor.reshape, torch.Tensor.flatten,
+        torch.Tensor.contiguous, torch.Tensor.sum, torch.sum,
+    }
+)  # fmt: skip
+_EQUALS = frozenset({torch.Tensor.__eq__, torch.Tensor.eq, torch.eq})
+_DIFFERS = frozenset({torch.Tensor.__ne__, torch.Tensor.ne, torch.ne})
 
 
 def is_host(value: object) -> bool:
@@ -75,13 +94,41 @@ def _number(value: Any) -> Any:
     return value
 
 
-def _with_numbers(args: tuple[Any, ...]) -> tuple[Any, ...]:
+def _with_numbers(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Sizes and bounds in an operation on traced tensors are numbers, not host tensors: `x[:, : lengths[0]]`."""
-    return tuple(_number(a) if isinstance(a, slice | tuple | list) else a for a in args)
+
+    def number(value: Any, place: int) -> Any:
+        sized = isinstance(value, slice | tuple | list) or (place > 0 and func in _SIZED)
+        return _number(value) if sized else value
+
+    return tuple(number(a, i) for i, a in enumerate(args)), {k: number(v, 1) for k, v in kwargs.items()}
 
 
 class HostMode(TorchFunctionMode):
-    """Active while a model is traced. See the module's docstring."""
+    """Active while a model is traced. See the module's docstring.
+
+    without_padding: example inputs of which no element is 0. Models look for padding by comparing inputs with 0; on
+    these, the answer is known without values.
+    """
+
+    def __init__(self, without_padding: Iterable[torch.Tensor] = ()) -> None:
+        super().__init__()
+        self._full: dict[int, torch.Tensor] = {id(t): t for t in without_padding}
+
+    def add_without_padding(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Further inputs of which no element is 0."""
+        self._full |= {id(t): t for t in tensors}
+
+    def _padding(self, func: Callable[..., Any], args: tuple[Any, ...]) -> torch.Tensor | None:
+        """Where an input without padding is 0 (nowhere), or differs from 0; None for any other question."""
+        if func not in _EQUALS | _DIFFERS or id(args[0]) not in self._full or type(args[1]) not in (int, float):
+            return None
+        if args[1] != 0 or args[0].numel() > MAX_HOST_ELEMENTS:
+            return None
+        with outside_tracing():
+            return torch.full(tuple(args[0].shape), func in _DIFFERS, device="cpu")
 
     def on_host(self, args: Any, kwargs: Any, result: Any) -> None:
         """Called after an operation that ran on the host."""
@@ -111,5 +158,9 @@ class HostMode(TorchFunctionMode):
             return result
         if func is torch.Tensor.__getitem__ and (indices := _mask_to_indices(args[1])) is not None:
             return self.traced(func, (args[0], indices), {})
-        numbers = {k: _number(v) if isinstance(v, slice | tuple | list) else v for k, v in kwargs.items()}
-        return self.traced(func, _with_numbers(args), numbers)
+        if self._full and (answer := self._padding(func, args)) is not None:
+            return answer
+        result = self.traced(func, *_with_numbers(func, args, kwargs))
+        if func in _KEEPS_DATA and id(args[0]) in self._full and isinstance(result, torch.Tensor):
+            self.add_without_padding([result])
+        return result

@@ -181,17 +181,21 @@ def _trace(
     tensors, names, slots = _state(model)
     originals = [slot.store[slot.key] for slot in slots]
 
+    host_mode = HostMode()
+
     def forward(*flat: Tensor) -> Tensor:
         # Inside, tensors are wrapped for functionalization: the module must see the wrapped ones.
         try:
             for slot in slots:
                 slot.store[slot.key] = flat[slot.index]
-            return find_loss(model(**dict(zip(traced, flat[len(tensors) :])), **fixed))
+            given = dict(zip(traced, flat[len(tensors) :]))
+            host_mode.add_without_padding(t for t in given.values() if t.is_floating_point())
+            return find_loss(model(**given, **fixed))
         finally:
             for slot, original in zip(slots, originals):
                 slot.store[slot.key] = original
 
-    with HostMode(), mode:
+    with host_mode, mode:
         module = trace_pre_dispatch(forward, [*tensors, *traced.values()])
     _name_modules(module.graph, paths)
     placeholders = [n.name for n in module.graph.find_nodes(op="placeholder")]

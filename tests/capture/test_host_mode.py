@@ -67,3 +67,22 @@ def test_the_metadata_is_left_as_it_was() -> None:
     lengths = torch.tensor([3, 4, 5])
     trace_forward(Windowed(), {"inputs": torch.zeros(1, 12, WIDTH), "lengths": lengths}, {"lengths"})
     assert lengths.tolist() == [3, 4, 5]
+
+
+class SizedAndPadded(nn.Module):
+    """Shapes by host numbers, and leaves out images that are all zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, inputs, sizes):
+        rows, columns = sizes
+        real = (inputs.to(torch.float32) == 0.0).sum(dim=(-1, -2)) != inputs[0].numel()
+        return self.inner(inputs[real].reshape(rows, columns, WIDTH)).sum()
+
+
+def test_inputs_have_no_padding_and_host_numbers_are_sizes() -> None:
+    kwargs = {"inputs": torch.zeros(2, 6, WIDTH), "sizes": torch.tensor([3, 4])}
+    traced = trace_forward(SizedAndPadded(), kwargs, {"sizes"})
+    assert [tuple(n.meta["val"].shape) for n in products(traced)] == [(3, 4, WIDTH)]

@@ -76,3 +76,6 @@ def audio_layouts(facts: Facts, clips: int, frames: int) -> Iterator[dict[str, A
         if not masks and "audio_feature_lengths" in facts.arguments:
             given["audio_feature_lengths"] = torch.full((clips,), frames, device="cpu")
         yield given
+    if masks:
+        for shape in shapes:
+            yield {name: FloatSpec(shape, facts.dtype)}

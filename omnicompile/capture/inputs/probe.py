@@ -144,7 +144,8 @@ def observe(
         stack.enter_context(anchored(model))
         stack.enter_context(record_repeats(model))
         try:
-            with torch.no_grad(), mode, HostMode(), contextlib.nullcontext() if whole else watch:
+            features = [v for v in values.values() if isinstance(v, Tensor) and v.is_floating_point()]
+            with torch.no_grad(), mode, HostMode(features), contextlib.nullcontext() if whole else watch:
                 loss = find_loss(model(**values))
         except _Observed:
             return Observation(rows=watch.rows)
