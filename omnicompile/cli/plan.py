@@ -16,6 +16,7 @@ from omnicompile.workload import Workload
 
 if TYPE_CHECKING:
     from omnicompile.capture.source import ModelSource
+    from omnicompile.plan import Plan
     from omnicompile.planner.api import PlanResult
 
 HELP = "find the fastest plan that fits: mesh, sharding and layout per modality block, recompute, micro-batch"
@@ -73,11 +74,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output = parser.add_argument_group("output")
     output.add_argument("--out", metavar="FILE", help="save the best plan as a recipe (YAML)")
     output.add_argument("--json", action="store_true", help="print JSON for programs")
+    output.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="also trace one rank's real graph at full size: memory, collectives, time",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     if args.top < 1:
         raise InputError(f"--top must be at least 1, got {args.top}")
+    if args.dry_run and args.json:
+        raise InputError("--dry-run goes with the report, not with --json")
     if args.out is not None and not Path(args.out).resolve().parent.is_dir():
         raise InputError(f"--out {args.out}: directory {Path(args.out).parent} does not exist")
     result = _search(args)
@@ -91,7 +99,24 @@ def run(args: argparse.Namespace) -> int:
         emit(json.dumps(view | {"explored": result.explored, "seconds": result.seconds}, indent=2))
         return 0
     emit(_report(result, args.out))
+    if args.dry_run:
+        emit(_dry_run(args, best))
     return 0
+
+
+def _dry_run(args: argparse.Namespace, plan: Plan) -> str:
+    """One rank and one micro-step of `plan`, traced and priced without the planner."""
+    from omnicompile.capture.source import load_model_source
+    from omnicompile.lowering.dry_run import dry_run
+    from omnicompile.lowering.full_size import full_batch
+    from omnicompile.report.dry_run_text import dry_run_text
+
+    with working(f"tracing one rank of {args.model}", args.debug):
+        source = load_model_source(args.model, args.config)
+        model = source.build_meta().train()
+        batch = full_batch(source, model, plan.workload, plan.micro_batch)
+        found = dry_run(model, batch, plan)
+    return dry_run_text(found, plan)
 
 
 def _request(args: argparse.Namespace) -> Request:

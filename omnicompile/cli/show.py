@@ -83,4 +83,4 @@ def _full(args: argparse.Namespace, show: Any) -> RankProgram:
     batch = full_batch(source, model, workload, recipe.micro_batch if recipe is not None else 1)
     plan = recipe or chosen_plan(args, model, batch)
     show("tracing the forward")
-    return full_program(model.train(), batch, plan)
+    return full_program(model.train(), batch, plan).before

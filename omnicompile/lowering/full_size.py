@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -61,13 +62,23 @@ def _meta(value: Any) -> Any:
     return value
 
 
-def full_program(model: nn.Module, batch: Batch, plan: Plan, stored: torch.dtype = torch.float32) -> RankProgram:
-    """What the passes start from, at the size of `batch`. stored: dtype of the master weights."""
-    forward, _ = capture_forward(model, batch)
+@dataclass(frozen=True)
+class FullProgram:
+    """before: what the passes start from. host: the batch's metadata by placeholder, real integer tensors."""
+
+    before: RankProgram
+    host: dict[str, Tensor]
+
+
+def full_program(model: nn.Module, batch: Batch, plan: Plan, stored: torch.dtype = torch.float32) -> FullProgram:
+    """The forward at the size of `batch`. stored: dtype of the master weights."""
+    forward, inputs = capture_forward(model, batch)
     if "loss" not in forward.outputs:
         raise LoweringError("the model returned no loss: give it `labels`, or wrap it to return a scalar loss")
     grads = {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
-    return rank_program(with_outputs(forward, ("loss",)), plan, grads, token_lengths(batch), stored)
+    before = rank_program(with_outputs(forward, ("loss",)), plan, grads, token_lengths(batch), stored)
+    host = {name: value for name, value in inputs.prepare(batch).items() if name in forward.host}
+    return FullProgram(before, host)
 
 
 def token_lengths(batch: Batch) -> set[int]:

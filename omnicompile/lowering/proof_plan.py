@@ -13,7 +13,7 @@ from omnicompile.capture.regions import modality_of_input
 from omnicompile.cluster import Cluster
 from omnicompile.errors import LoweringError, PlanError
 from omnicompile.lowering.tiny import Batch
-from omnicompile.plan import BlockPlan, Layout, Mesh, Plan
+from omnicompile.plan import BlockPlan, Layout, Mesh, Plan, Sharding
 from omnicompile.workload import Workload
 
 
@@ -70,7 +70,8 @@ def default_plan(model: nn.Module, batch: Batch, gpus: int) -> Plan:
     mesh = Mesh(dp_replicate=gpus // (sp * shard), dp_shard=shard, sp=sp)
     mesh = replace(mesh, ep=largest_ep(mesh, gpus, count_experts(model)))
     layout = Layout.SEQUENCE if sp > 1 else Layout.BATCH
-    block = BlockPlan(layout=layout, sp=sp, ep=mesh.ep)
+    sharding = Sharding.HSDP if mesh.dp_replicate > 1 else Sharding.FSDP
+    block = BlockPlan(sharding=sharding, layout=layout, sp=sp, ep=mesh.ep)
     blocks = {name: block if name == "text" else replace(block, ep=1) for name in block_names(batch)}
     return Plan("", Cluster(gpus=gpus), Workload(), mesh, blocks)
 
