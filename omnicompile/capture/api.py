@@ -84,8 +84,9 @@ def _capture(source: ModelSource, workload: Workload, progress: Progress) -> Cap
 
 def _capture_module(model: nn.Module, workload: Workload, name: str, spec: str, progress: Progress) -> Capture:
     from omnicompile.capture.build import build_program
-    from omnicompile.capture.generic import generic_request, generic_sizes
+    from omnicompile.capture.generic import generic_request, generic_sizes, lengthened
     from omnicompile.capture.inputs import input_constraints, make_inputs
+    from omnicompile.capture.inputs.types import TextTooShort
     from omnicompile.capture.sample import sample_shape
     from omnicompile.capture.trace import trace_forward
 
@@ -93,7 +94,13 @@ def _capture_module(model: nn.Module, workload: Workload, name: str, spec: str, 
     limits = input_constraints(model)
     wanted = generic_request(limits, workload)
     progress("making example inputs")
-    generic = make_inputs(model, wanted.request, check=False)
+    try:
+        generic = make_inputs(model, wanted.request, check=False)
+    except TextTooShort as short:  # tiles and separators of images were not foreseen
+        if limits.max_seq_len is not None or wanted.rows_fixed:
+            raise
+        wanted = lengthened(wanted, short.needed)
+        generic = make_inputs(model, wanted.request, check=False)
     progress("tracing the forward")
     try:
         traced = trace_forward(model, generic.kwargs, generic.host)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy
 
@@ -61,6 +61,11 @@ def generic_request(limits: InputConstraints, workload: Workload, variant: int =
     else:
         seq_len = int(sympy.nextprime(needed))
     return GenericSizes(InputRequest(seq_len, images, grid, frames, clips), 0, *fixed)
+
+
+def lengthened(sizes: GenericSizes, needed: int) -> GenericSizes:
+    """The same numbers with text rows that hold `needed` placeholders."""
+    return replace(sizes, request=replace(sizes.request, seq_len=int(sympy.nextprime(needed + _TEXT_MARGIN))))
 
 
 def generic_sizes(inputs: ExampleInputs, sizes: GenericSizes) -> list[GenericSize]:

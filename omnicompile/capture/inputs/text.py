@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from omnicompile.capture.inputs.facts import Facts, special_ids
+from omnicompile.capture.inputs.types import TextTooShort
 from omnicompile.errors import CaptureError
 
 IGNORED_LABEL = -100
@@ -51,10 +52,7 @@ def make_text(facts: Facts, rows: int, seq_len: int, spans: list[Span]) -> Text:
     for row, row_spans in enumerate(spans_per_row(spans, rows)):
         needed = sum(span.count + _GAP for span in row_spans)
         if needed > seq_len:
-            raise CaptureError(
-                f"a sequence of {seq_len} tokens cannot hold its images and audio, which take {needed}: "
-                "raise --seq-len, or give fewer or smaller ones"
-            )
+            raise TextTooShort(seq_len, needed)
         at = 0
         for span in row_spans:
             at += _GAP

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
+from omnicompile.errors import CaptureError
+
 if TYPE_CHECKING:
     import torch
 
@@ -85,6 +87,17 @@ class InputConstraints:
     rows: Rows = Rows.SAMPLES
     encoder_decoder: bool = False
     contrastive: bool = False
+
+
+class TextTooShort(CaptureError):
+    """A text row cannot hold the placeholders of its images and audio, which take `needed` tokens."""
+
+    def __init__(self, seq_len: int, needed: int) -> None:
+        super().__init__(
+            f"a sequence of {seq_len} tokens cannot hold its images and audio, which take {needed}: "
+            "raise --seq-len, or give fewer or smaller ones"
+        )
+        self.needed = needed
 
 
 @dataclass(frozen=True)
