@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -95,6 +97,45 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     return ops.expert_combine(outer, order, top_k_weights).to(hidden_states.dtype)
 
 
+def is_plain_experts(module: nn.Module) -> bool:
+    """Whether a module is gated experts in Hugging Face's usual form that does not go through its registry: stacked
+    weights [experts, 2 * inner, hidden] and [experts, hidden, inner], and a loop over the experts that were chosen."""
+    params = dict(module.named_parameters(recurse=False))
+    if set(params) != {"gate_up_proj", "down_proj"} or hasattr(module, "has_gate"):
+        return False
+    arguments = list(inspect.signature(type(module).forward).parameters)[1:4]
+    if arguments != ["hidden_states", "top_k_index", "top_k_weights"] or not callable(getattr(module, "act_fn", None)):
+        return False
+    up, down = params["gate_up_proj"].shape, params["down_proj"].shape
+    return len(up) == len(down) == 3 and up[0] == down[0] and up[1] == 2 * down[2] and up[2] == down[1]
+
+
+def plain_experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The kernels of `is_plain_experts` modules, for pricing: what such a loop does besides is left out."""
+    ops = torch.ops.omnicompile
+    rows, order, counts = ops.expert_dispatch(hidden_states, top_k_index, module.gate_up_proj.shape[0])
+    both = ops.grouped_mm(rows, module.gate_up_proj, counts, False)
+    if hasattr(module, "_apply_gate"):
+        inner = module._apply_gate(both)
+    else:
+        gate, up = both.chunk(2, dim=-1)
+        inner = module.act_fn(gate) * up
+    outer = ops.grouped_mm(inner, module.down_proj, counts, False)
+    return ops.expert_combine(outer, order, top_k_weights).to(hidden_states.dtype)
+
+
+@contextlib.contextmanager
+def _plain_experts_anchored(model: nn.Module) -> Iterator[None]:
+    found = [module for module in model.modules() if is_plain_experts(module)]
+    try:
+        for module in found:
+            module.forward = functools.partial(plain_experts_forward, module)
+        yield
+    finally:
+        for module in found:
+            del module.forward
+
+
 def register() -> None:
     """Make the anchors known to transformers, through its public registries. May be called again."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -109,7 +150,8 @@ def register() -> None:
 def anchored(model: nn.Module, planning: bool = False) -> Iterator[None]:
     """While active, every Hugging Face module in `model` computes attention and experts through the anchors.
 
-    planning: the graph is only priced, so attention dropout is left out instead of refused.
+    planning: the graph is only priced, so attention dropout is left out instead of refused, and experts that the
+    registry does not know are priced by their kernels.
 
     The name is set on the configurations after construction, because constructing a model with a flash attention name
     looks for a hub kernel; and it is taken back at the end, so that the caller's model is left as it was.
@@ -132,7 +174,8 @@ def anchored(model: nn.Module, planning: bool = False) -> Iterator[None]:
         for config in configs.values():
             config._attn_implementation_internal = PLANNING_ATTENTION_NAME if planning else ATTENTION_NAME
             config._experts_implementation_internal = EXPERTS_NAME
-        yield
+        with _plain_experts_anchored(model) if planning else contextlib.nullcontext():
+            yield
     finally:
         for config, attn, experts in before:
             config._attn_implementation_internal = attn

@@ -141,7 +141,7 @@ def observe(
     with contextlib.ExitStack() as stack:
         for context in (value_checks_off(), _plain_state_restored(model), fake_parameters(model, mode)):
             stack.enter_context(context)
-        stack.enter_context(anchored(model))
+        stack.enter_context(anchored(model, planning=True))
         stack.enter_context(record_repeats(model))
         try:
             features = [v for v in values.values() if isinstance(v, Tensor) and v.is_floating_point()]
