@@ -17,7 +17,7 @@ def gemm_flops(m: Any, n: Any, k: Any, batch: Any = 1) -> Any:
 def attention_flops(pairs: Any, heads: int, head_dim: int, v_head_dim: int, backward: bool = False) -> Any:
     """pairs: sum over segments of q_len * kv_len, without the causal mask.
 
-    Forward: q @ k^T and weights @ v. Backward (FlashAttention, Dao et al. 2022, algorithm 4): q @ k^T again, grad @ v^T,
+    Forward: q @ k^T and weights @ v. Backward (FlashAttention, Dao et al. 2022, algorithm 4): q @ k^T, grad @ v^T,
     weights^T @ grad, d_scores @ k and d_scores^T @ q; 2.5 times the forward when head_dim equals v_head_dim.
     """
     if backward:
