@@ -39,6 +39,7 @@ class Mender:
             self._image_size(owner, path)
             self._shuffled_width(owner, path)
             self._tower(owner, path)
+        self._projected_width()
         self._rotated_part()
         self._placeholders()
 
@@ -47,8 +48,17 @@ class Mender:
         for key, value in list(vars(owner).items()):
             if re.search(r"att.*drop", key) and isinstance(value, float) and value > 0:
                 self.put(owner, path, key, 0.0)
+            elif field(self.config, "projector_config") is not None:
+                continue  # the projector makes the width
             elif key in TOWER_OUTPUT_FIELDS and owner is not self.text and value not in (None, self.text.hidden_size):
                 self.put(owner, path, key, self.text.hidden_size)
+
+    def _projected_width(self) -> None:
+        """A projector reads what the encoder before it writes."""
+        projector, encoder = field(self.config, "projector_config"), field(self.config, "encoder_config")
+        width = field(encoder, "hidden_size")
+        if width is not None and field(projector, "encoder_hidden_size", width) != width:
+            self.put(projector, "projector_config.", "encoder_hidden_size", width)
 
     def _layers(self, owner: Any, path: str) -> None:
         """A kind for each layer: full attention; dense first layers, then sparse ones."""
