@@ -84,7 +84,7 @@ def _capture(source: ModelSource, workload: Workload, progress: Progress) -> Cap
 
 def _capture_module(model: nn.Module, workload: Workload, name: str, spec: str, progress: Progress) -> Capture:
     from omnicompile.capture.build import build_program
-    from omnicompile.capture.generic import generic_request, generic_sizes, lengthened
+    from omnicompile.capture.generic import generic_request, generic_sizes, lengthened, loops_over_tokens, shortened
     from omnicompile.capture.inputs import input_constraints, make_inputs
     from omnicompile.capture.inputs.types import TextTooShort
     from omnicompile.capture.sample import sample_shape
@@ -101,6 +101,9 @@ def _capture_module(model: nn.Module, workload: Workload, name: str, spec: str, 
             raise
         wanted = lengthened(wanted, short.needed)
         generic = make_inputs(model, wanted.request, check=False)
+    shorter = shortened(wanted, generic)
+    if 2 * shorter.request.seq_len < generic.seq_len and not wanted.rows_fixed and loops_over_tokens(model):
+        wanted, generic = shorter, make_inputs(model, shorter.request, check=False)
     progress("tracing the forward")
     try:
         traced = trace_forward(model, generic.kwargs, generic.host)

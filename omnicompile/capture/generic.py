@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import sympy
+from torch import nn
 
 from omnicompile.capture.inputs.types import ExampleInputs, InputConstraints, InputRequest, Rows
 from omnicompile.capture.symbols import GenericSize
@@ -66,6 +67,19 @@ def generic_request(limits: InputConstraints, workload: Workload, variant: int =
 def lengthened(sizes: GenericSizes, needed: int) -> GenericSizes:
     """The same numbers with text rows that hold `needed` placeholders."""
     return replace(sizes, request=replace(sizes.request, seq_len=int(sympy.nextprime(needed + _TEXT_MARGIN))))
+
+
+def shortened(sizes: GenericSizes, inputs: ExampleInputs) -> GenericSizes:
+    """The same numbers with text rows no longer than the placeholders of `inputs` need."""
+    needed = inputs.images * inputs.tokens_per_image + inputs.clips * inputs.tokens_per_clip
+    return lengthened(sizes, needed + 2 * (inputs.images + inputs.clips))
+
+
+def loops_over_tokens(model: nn.Module) -> bool:
+    """Whether a model has recurrent layers, whose forward in Python takes a step for every few tokens. They have a
+    short depthwise convolution over the sequence in front. Such steps are priced in the number that the capture has:
+    nothing in the graph says how many there would be at another length."""
+    return any(m.groups > 1 and m.groups == m.in_channels for m in model.modules() if isinstance(m, nn.Conv1d))
 
 
 def generic_sizes(inputs: ExampleInputs, sizes: GenericSizes) -> list[GenericSize]:
