@@ -171,7 +171,7 @@ def _text_arguments(
     text = make_text(facts, rows, seq_len, spans)
     kwargs = {name: value for name, value in towers.items() if name in names}
     if "input_ids" in names:
-        kwargs["input_ids"] = text.ids
+        kwargs["input_ids"] = text.ids if (streams := _streams(facts)) == 1 else _in_streams(text.ids, streams)
     if limits.contrastive:
         kwargs["return_loss"] = True
     elif "labels" in names:
@@ -195,6 +195,18 @@ def _text_arguments(
     if "use_cache" in names or hasattr(facts.text, "use_cache"):
         kwargs["use_cache"] = False
     return kwargs
+
+
+def _streams(facts: Facts) -> int:
+    """Tokens per position: models that embed text and the codes of audio together keep the offset of each stream's
+    vocabulary."""
+    offsets = (b for name, b in facts.model.named_buffers() if name.endswith("tokens_offsets") and b.dim() == 1)
+    return next((b.numel() for b in offsets), 1)
+
+
+def _in_streams(ids: Tensor, streams: int) -> Tensor:
+    """[rows, seq_len] -> [rows, seq_len, streams]."""
+    return ids.unsqueeze(-1).repeat(1, 1, streams)
 
 
 def _host_names(kwargs: dict[str, Any]) -> set[str]:
