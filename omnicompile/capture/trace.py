@@ -56,19 +56,24 @@ def find_loss(output: Any) -> Tensor:
 
 
 @contextlib.contextmanager
-def fake_parameters(model: nn.Module, mode: FakeTensorMode) -> Iterator[None]:
-    """While active, the model's parameters and meta buffers are fake CPU tensors; shared ones stay shared."""
-    fakes: dict[int, Tensor] = {}
+def fake_parameters(model: nn.Module, mode: FakeTensorMode, distinct: bool = True) -> Iterator[None]:
+    """While active, the model's parameters and meta buffers are fake CPU tensors; shared ones stay shared.
+
+    distinct: False when only shapes matter; then all parameters of one shape are one tensor, which is faster to make.
+    """
+    fakes: dict[object, Tensor] = {}
     saved: list[tuple[dict[str, Any], str, Any]] = []
 
     def fake(tensor: Tensor) -> Tensor:
-        if id(tensor) not in fakes:
+        trained = isinstance(tensor, nn.Parameter) and tensor.requires_grad
+        key = id(tensor) if distinct else (tensor.shape, tensor.dtype, type(tensor), trained)
+        if key not in fakes:
             with mode:
                 value = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
             if isinstance(tensor, nn.Parameter):
-                value = nn.Parameter(value, requires_grad=tensor.requires_grad)
-            fakes[id(tensor)] = value
-        return fakes[id(tensor)]
+                value = nn.Parameter(value, requires_grad=trained)
+            fakes[key] = value
+        return fakes[key]
 
     try:
         for module in model.modules():

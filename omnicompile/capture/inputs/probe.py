@@ -139,7 +139,7 @@ def observe(
     watch = _Watch(seq_len)
     values = {name: value if name in host else _fake(value, mode) for name, value in kwargs.items()}
     with contextlib.ExitStack() as stack:
-        for context in (value_checks_off(), _plain_state_restored(model), fake_parameters(model, mode)):
+        for context in (value_checks_off(), _plain_state_restored(model), fake_parameters(model, mode, distinct=False)):
             stack.enter_context(context)
         stack.enter_context(anchored(model, planning=True))
         stack.enter_context(record_repeats(model))
