@@ -345,7 +345,7 @@ def main() -> None:
     parser.add_argument("--failed", action="store_true", help="only classes that failed in the last run")
     parser.add_argument("--stale", action="store_true", help="only classes without a result of this commit")
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--timeout", type=int, default=120, help="seconds of processor time per class")
+    parser.add_argument("--timeout", type=int, default=240, help="seconds of processor time per class")
     parser.add_argument("--memory", type=float, default=10.0, help="GiB of address space per class")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
