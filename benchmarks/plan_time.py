@@ -342,7 +342,10 @@ def main() -> int:
             steps[part]()
     args.out.mkdir(parents=True, exist_ok=True)
     runs = {name: [asdict(replace(run, output="")) for run in entry.runs] for name, entry in bench.measured.items()}
-    measured = {name: {"command": entry.command, "runs": runs[name]} for name, entry in bench.measured.items()}
+    measured = {
+        name: {"command": [part.removeprefix(f"{ROOT}/") for part in entry.command], "runs": runs[name]}
+        for name, entry in bench.measured.items()
+    }
     verdicts = [asdict(verdict) | {"verdict": verdict.word(bench.busy)} for verdict in bench.verdicts]
     data = {"environment": facts, "verdicts": verdicts, "measured": measured, "autoparallel_cpu_seconds": AUTOPARALLEL}
     (args.out / "plan_time.json").write_text(json.dumps(data, indent=1) + "\n")

@@ -90,7 +90,7 @@ def fake_parameters(model: nn.Module, mode: FakeTensorMode, distinct: bool = Tru
 
 
 @contextlib.contextmanager
-def _environment() -> Iterator[None]:
+def value_checks_off() -> Iterator[None]:
     """transformers' data-dependent checks become asserts that break a joint trace; it reads this switch as it runs."""
     name = "TRANSFORMERS_DISABLE_TORCH_CHECK"
     before = os.environ.get(name)
@@ -134,7 +134,7 @@ def trace_forward(
     if "use_cache" in inspect.signature(model.forward).parameters:
         fixed.setdefault("use_cache", False)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_environment())
+        stack.enter_context(value_checks_off())
         stack.enter_context(fake_parameters(model, mode))
         stack.enter_context(anchored(model, planning=True))
         repeats = stack.enter_context(record_repeats(model)) if repeat else Repeats()

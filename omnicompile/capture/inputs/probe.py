@@ -8,7 +8,6 @@ where a mask selects placeholders, and N is the number wanted.
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from omnicompile.anchors.huggingface import anchored
 from omnicompile.capture.host_mode import HostMode
 from omnicompile.capture.inputs.types import FloatSpec
 from omnicompile.capture.repeats import record_repeats
-from omnicompile.capture.trace import fake_parameters, find_loss
+from omnicompile.capture.trace import fake_parameters, find_loss, value_checks_off
 from omnicompile.torch_compat import FakeTensorMode, new_fake_mode
 
 _VALUE_ERRORS = {"GuardOnDataDependentSymNode", "DataDependentOutputException", "DynamicOutputShapeException"}
@@ -87,21 +86,6 @@ class _Watch(TorchFunctionMode):
 def _selects_positions(index: Any) -> bool:
     first = index[0] if isinstance(index, tuple) and index else index
     return isinstance(first, Tensor) and first.dtype == torch.bool
-
-
-@contextlib.contextmanager
-def value_checks_off() -> Iterator[None]:
-    """transformers compares placeholder and feature counts unless this switch, which it reads as it runs, is set."""
-    name = "TRANSFORMERS_DISABLE_TORCH_CHECK"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 def _fake(value: Any, mode: FakeTensorMode) -> Any:
