@@ -5,6 +5,7 @@ from __future__ import annotations
 from omnicompile.passes.align_targets import align_targets_pass
 from omnicompile.passes.chunked_loss import fuse_loss_head_pass
 from omnicompile.passes.data_mean import insert_data_mean_pass
+from omnicompile.passes.dropout import replace_dropout_pass
 from omnicompile.passes.expert_parallel import insert_expert_parallel_pass
 from omnicompile.passes.functional import remove_mutation_pass
 from omnicompile.passes.loss import normalise_loss_pass
@@ -18,6 +19,13 @@ __all__ = ["FORWARD_PASSES", "RankProgram", "bind_groups", "lower_forward"]
 
 FORWARD_PASSES: tuple[Pass, ...] = (
     Pass("functional", remove_mutation_pass, provides=frozenset({"functional"}), excludes=frozenset({"sequence"})),
+    Pass(
+        "dropout",
+        replace_dropout_pass,
+        requires=frozenset({"functional"}),
+        provides=frozenset({"keyed-dropout"}),
+        excludes=frozenset({"sequence"}),
+    ),
     Pass("align-targets", align_targets_pass, provides=frozenset({"aligned"}), excludes=frozenset({"sequence"})),
     Pass("loss", normalise_loss_pass, provides=frozenset({"global-loss"}), excludes=frozenset({"sequence"})),
     Pass(
@@ -30,7 +38,7 @@ FORWARD_PASSES: tuple[Pass, ...] = (
     Pass(
         "sequence-parallel",
         insert_sequence_parallel_pass,
-        requires=frozenset({"global-loss", "global-means"}),
+        requires=frozenset({"global-loss", "global-means", "keyed-dropout"}),
         provides=frozenset({"sequence"}),
         excludes=frozenset({"experts", "parameters"}),
     ),

@@ -374,7 +374,7 @@ class Propagation:
             elif isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.Tensor):
                 assert not isinstance(required, tuple)
                 values[name] = self._convert(value, required, node, choice.prepare.get(name))
-        values.update(choice.args)
+        values.update({name: self.redistribute.rank if v is RANK else v for name, v in choice.args.items()})
         for name, size in choice.aligned.items():
             self.program.aligned[call.values[name].name] = size
         _write_arguments(node, values, call.values)

@@ -21,6 +21,7 @@ from omnicompile.plan import BlockPlan, LossHead, Mesh
 
 GROUP_PREFIX = "axes:"  # of a group argument that is not bound yet
 DATA_AXES = "dp_replicate,dp_shard,sp"
+BATCH_AXES = "dp_replicate,dp_shard"  # ranks with micro-batches of their own
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,9 @@ class InputSpec:
     """A placeholder that is no parameter.
 
     kind: "input" (a float tensor of the batch), "host" (metadata made on the host), "buffer" (of the model),
-    "constant", "count" (number of target tokens over all ranks and micro-steps, 0-d float32) or "rank" (this rank's
-    coordinate in the group `name`, 0-d int64). token_dim: the dimension that runs along the tokens or patches of its
+    "constant", "count" (number of target tokens over all ranks and micro-steps, 0-d float32), "rank" (this rank's
+    coordinate in the group `name`, 0-d int64) or "dropout" (the key of dropout site number `name` in this forward, 0-d
+    int64). token_dim: the dimension that runs along the tokens or patches of its
     block, where cutting starts.
     """
 

@@ -9,11 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, fx
 
-from omnicompile.passes.rank_program import RankProgram, axis_coordinate, bind_groups, group_ranks
+from omnicompile.passes.dropout_op import site_keys
+from omnicompile.passes.rank_program import BATCH_AXES, RankProgram, axis_coordinate, bind_groups, group_ranks
 from omnicompile.torch_compat import local_ranks_mode, on_each_rank, ranked, start_fake_group
 
 # The whole value of a placeholder as the group of ranks with this data index sees it.
 WholeValue = Callable[[str, int], Tensor]
+SIMULATED_SEED = 12345  # of dropout
 
 _UNINITIALISED = (
     torch.ops.aten.empty.memory_format,
@@ -48,8 +50,11 @@ def bound_to_fake_groups(program: RankProgram) -> RankProgram:
     return bound
 
 
-def rank_values(program: RankProgram, whole: WholeValue) -> dict[str, Tensor]:
-    """What every placeholder holds on every rank. Call under `local_ranks_mode`."""
+def rank_values(program: RankProgram, whole: WholeValue, one_batch: bool = False) -> dict[str, Tensor]:
+    """What every placeholder holds on every rank. Call under `local_ranks_mode`.
+
+    one_batch: all data ranks hold the same micro-batch, and drop the same elements of it.
+    """
     mesh = program.mesh
     values: dict[str, Tensor] = {}
     for name, spec in program.params.items():
@@ -58,7 +63,11 @@ def rank_values(program: RankProgram, whole: WholeValue) -> dict[str, Tensor]:
         values[name].requires_grad_(spec.trainable)
     for name, item in program.inputs.items():
         if item.kind == "rank":
-            pieces = [torch.tensor(axis_coordinate(mesh, item.name, r)) for r in range(mesh.world)]
+            same = one_batch and item.name == BATCH_AXES
+            pieces = [torch.tensor(0 if same else axis_coordinate(mesh, item.name, r)) for r in range(mesh.world)]
+        elif item.kind == "dropout":
+            site = int(item.name)
+            pieces = [site_keys(SIMULATED_SEED, site + 1)[-1] for _ in range(mesh.world)]
         else:
             pieces = [whole(name, r // mesh.sp).clone() for r in range(mesh.world)]
         values[name] = ranked(pieces)
@@ -85,13 +94,13 @@ def whole_gradient(program: RankProgram, name: str, grad: Tensor) -> Tensor:
 
 
 def run_ranks(
-    program: RankProgram, whole: WholeValue
+    program: RankProgram, whole: WholeValue, one_batch: bool = False
 ) -> tuple[list[float], dict[str, Tensor], Mapping[str, list[Tensor]]]:
     """Forward and backward on all ranks: every rank's loss, whole gradients by parameter name, and what every node
-    held on every rank (floating-point tensors only)."""
+    held on every rank (floating-point tensors only). one_batch: see `rank_values`."""
     bound = bound_to_fake_groups(program)
     with local_ranks_mode(program.mesh.world):
-        values = rank_values(bound, whole)
+        values = rank_values(bound, whole, one_batch)
         recorder = Recorder(bound.gm)
         order = [node.name for node in bound.gm.graph.find_nodes(op="placeholder")]
         result = recorder.run(*(values[name] for name in order))

@@ -16,10 +16,12 @@ from torch import Tensor, fx
 
 from omnicompile.errors import VerificationError
 from omnicompile.passes import collectives, expert_ops
+from omnicompile.passes.dropout import replace_dropout_pass
+from omnicompile.passes.dropout_op import site_keys
 from omnicompile.passes.functional import remove_mutation_pass
 from omnicompile.passes.propagate import module_of
 from omnicompile.passes.rank_program import DATA_AXES, GROUP_PREFIX, ParamSpec, RankProgram, axis_size
-from omnicompile.passes.simulate import Recorder, run_ranks
+from omnicompile.passes.simulate import SIMULATED_SEED, Recorder, run_ranks
 
 
 @dataclass(frozen=True)
@@ -82,10 +84,11 @@ def verify_lowering(
     """
     check_gradient_axes(lowered)
     original = remove_mutation_pass(original.copy())  # a value changed in place later would compare wrong
+    original = replace_dropout_pass(original)
     loss, want_grads, want = _run_whole(original, values)
     count = torch.tensor(float(targets * lowered.mesh.data_ranks))
     try:
-        losses, got_grads, held = run_ranks(lowered, lambda name, _: values.get(name, count))
+        losses, got_grads, held = run_ranks(lowered, lambda name, _: values.get(name, count), one_batch=True)
     except (RuntimeError, AssertionError, IndexError, ValueError) as error:
         raise VerificationError(f"the lowered forward does not run: {str(error).splitlines()[0]}") from error
     nodes = _check_nodes(original, lowered, want, held, tolerance)
@@ -110,7 +113,7 @@ def _run_whole(
     inputs: dict[str, Tensor] = {}
     for node in program.gm.graph.find_nodes(op="placeholder"):
         spec = program.params.get(node.name)
-        value = values[node.name].detach().clone()
+        value = _value(program, node.name, values).detach().clone()
         inputs[node.name] = value.requires_grad_(spec.trainable) if spec is not None else value
     result = recorder.run(*inputs.values())
     loss = result[0] if isinstance(result, tuple | list) else result
@@ -122,6 +125,13 @@ def _run_whole(
             grads[spec.name] = grad
     held = {n: v.detach() for n, v in recorder.seen.items() if isinstance(v, Tensor) and v.is_floating_point()}
     return float(loss), grads, held
+
+
+def _value(program: RankProgram, name: str, values: Mapping[str, Tensor]) -> Tensor:
+    item = program.inputs.get(name)
+    if item is not None and item.kind == "dropout":
+        return site_keys(SIMULATED_SEED, int(item.name) + 1)[-1]
+    return torch.tensor(0) if item is not None and item.kind == "rank" else values[name]
 
 
 def _own_order(graph: fx.Graph) -> set[fx.Node]:

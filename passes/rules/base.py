@@ -27,7 +27,8 @@ class Choice:
     """One way to run an operator.
 
     inputs: by argument name; tensors not named must be Replicate. outputs: of every output (one for a single output; a
-    single one for many stands for all). args: arguments to change, to local sizes for instance. restore: bring the
+    single one for many stands for all). args: arguments to change, to local sizes for instance (RANK stands for
+    this rank's number). restore: bring the
     output to this placement right away. scale: what the (single) output must be multiplied by on each rank. prepare:
     replaces a tensor argument by a function of it and the given further arguments (RANK stands for this rank's number)
     before it is redistributed. aligned: segment bounds that must include the borders between ranks' pieces, of the

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import fx
 
 from omnicompile.passes.placement import Shard
 from omnicompile.passes.rules.base import (
     PARTIAL,
+    RANK,
     REPLICATE,
     Choice,
     OpCall,
@@ -68,6 +71,17 @@ def dropout(call: OpCall) -> list[Choice]:
     return pointwise(call)
 
 
+def keyed_dropout(call: OpCall) -> list[Choice]:
+    """`omnicompile::dropout`: each rank drops what is dropped of the whole at the places of its piece. Linear."""
+    own, shape = call.placement("x"), call.shape("x")
+    if is_partial(own):
+        return [Choice({"x": PARTIAL}, (PARTIAL,))]
+    if not isinstance(own, Shard) or own.ragged or not call.fits(shape, own):
+        return []
+    block = math.prod(shape[own.dim :]) // (own.outer * call.ranks)
+    return [Choice({"x": own}, (own,), {"rank": RANK, "block": block, "ranks": call.ranks})]
+
+
 def cat(call: OpCall) -> list[Choice]:
     """Along a dimension that is not cut; of ragged rows never."""
     name = "tensors"
@@ -94,6 +108,7 @@ def creation(call: OpCall) -> list[Choice]:
 RULES: dict[str, Rule] = {
     **{f"aten::{name}": pointwise for name in _UNTAGGED},
     "aten::dropout": dropout,
+    "omnicompile::dropout": keyed_dropout,
     "aten::cat": cat,
     "aten::concat": cat,
     "aten::stack": cat,

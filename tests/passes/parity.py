@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from omnicompile.lowering.graph_capture import CapturedForward, LoweredInputs, capture_forward
 from omnicompile.passes import lower_forward
+from omnicompile.passes.dropout import KeyedDropout
 from omnicompile.passes.rank_program import InputSpec, ParamSpec, RankProgram
-from omnicompile.passes.simulate import run_ranks
+from omnicompile.passes.simulate import SIMULATED_SEED, run_ranks
 from omnicompile.plan import BlockPlan, Mesh
 
 Batch = dict[str, Tensor]
@@ -35,12 +36,14 @@ def shifted_targets(batch: Batch, shift: int = 1) -> int:
 
 
 def reference(model: nn.Module, batches: list[Batch], shift: int = 1) -> tuple[float, dict[str, Tensor]]:
-    """Loss and gradients of the whole model on all batches, normalised by the targets of all."""
+    """Loss and gradients of the whole model on all batches, normalised by the targets of all. With dropout, which goes
+    by place, there must be one batch."""
     total = sum(shifted_targets(b, shift) for b in batches)
     model.zero_grad()
     value = 0.0
     for batch in batches:
-        loss = model(**batch).loss * (shifted_targets(batch, shift) / total)
+        with KeyedDropout(SIMULATED_SEED):
+            loss = model(**batch).loss * (shifted_targets(batch, shift) / total)
         loss.backward()
         value += loss.item()
     grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}

@@ -78,10 +78,10 @@ def test_tokens_that_do_not_divide_are_refused_with_a_remedy() -> None:
         _lowered(nn.Identity(), Mesh(sp=4), length=18)
 
 
-def test_dropout_under_sequence_parallelism_is_refused_by_name() -> None:
-    with pytest.raises(LoweringError, match=r"aten::dropout in .*middle draws random numbers"):
-        _lowered(nn.Dropout(0.1), Mesh(sp=2))
-    _lowered(nn.Dropout(0.1), Mesh(dp_shard=2))
+def test_other_randomness_under_sequence_parallelism_is_refused_by_name() -> None:
+    with pytest.raises(LoweringError, match=r"aten::rrelu in .*middle draws random numbers"):
+        _lowered(nn.RReLU(), Mesh(sp=2))
+    _lowered(nn.RReLU(), Mesh(dp_shard=2))
 
 
 def test_a_data_dependent_operator_is_refused_by_name() -> None:

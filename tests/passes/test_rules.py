@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from omnicompile.passes.placement import PARTIAL, REPLICATE, Partial, Placement, Replicate, Shard
 from omnicompile.passes.propagate import find_rule, operator_name, schema_values
-from omnicompile.passes.rules.base import Choice, OpCall
+from omnicompile.passes.rules.base import RANK, Choice, OpCall
 
 RANKS = 2
 aten = torch.ops.aten
@@ -63,6 +63,7 @@ EXAMPLES = [
     Example(aten.clone.default, (r(4, 6),)),
     Example(aten.expand_as.default, (r(4, 1), r(4, 6))),
     Example(aten.dropout.default, (r(4, 6), 0.0, True)),
+    Example(anchors.dropout.default, (r(2, 4, 6), torch.tensor(7), torch.tensor(1), None, 0.5, 1, 1), least=5),
     Example(aten.cat.default, ([r(4, 2), r(4, 4)], -1)),
     Example(aten.stack.default, ([r(4, 2), r(4, 2)], 1)),
     # views
@@ -210,8 +211,8 @@ def run_choice(call: OpCall, choice: Choice, values: dict[fx.Node, Tensor]) -> l
             for rank in range(RANKS):
                 per_rank[rank][name] = [p[rank] for p in pieces]
     results = []
-    for arguments in per_rank:
-        arguments.update(choice.args)
+    for rank, arguments in enumerate(per_rank):
+        arguments.update({name: torch.tensor(rank) if v is RANK else v for name, v in choice.args.items()})
         schema = call.node.target._schema.arguments  # type: ignore[union-attr]
         result = call.node.target(  # type: ignore[operator]
             *(arguments[a.name] for a in schema if not a.kwarg_only),

@@ -1,0 +1,170 @@
+"""Dropout by place: the generator, its statistics, and parity of models with dropout on any layout."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from omnicompile.errors import LoweringError
+from omnicompile.passes import lower_forward
+from omnicompile.passes.dropout import KeyedDropout
+from omnicompile.passes.dropout_op import dropout, dropout_expanded, philox, site_keys
+from omnicompile.passes.rank_program import RankProgram
+from omnicompile.passes.verifier import verify_lowering
+from omnicompile.plan import Layout, Mesh, Sharding
+
+from .models import block_plans, dense_model, text_batch
+from .parity import captured_for, program_of, relative_errors, run_parity, shifted_targets, whole_values
+from .plain_models import PlainModel, speech_batch, speech_model
+
+KEY = site_keys(3, 1)[0]
+
+
+def kept(count: int, key: Tensor = KEY, data_rank: int = 0, p: float = 0.1) -> Tensor:
+    return dropout(torch.ones(count), key, torch.tensor(data_rank), None, p, 1, 1) != 0
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "want"),
+    [
+        ((0, 0), 0, (0xFF1DAE59, 0x6CD10DF2)),
+        ((0xFFFFFFFF, 0xFFFFFFFF), 0xFFFFFFFF, (0x2C3F628B, 0xAB4FD7AD)),
+        ((0x243F6A88, 0x85A308D3), 0x13198A2E, (0xDD7CE038, 0xF62A4C12)),
+    ],
+)
+def test_the_generator_gives_the_known_answers(counter: tuple[int, int], key: int, want: tuple[int, int]) -> None:
+    """Known answers of the authors' library (Random123, kat_vectors)."""
+    low, high = philox(torch.tensor(counter[0]), torch.tensor(counter[1]), torch.tensor(key))
+    assert (int(low), int(high)) == want
+
+
+@pytest.mark.parametrize("p", [0.01, 0.1, 0.5, 0.9])
+def test_rate_and_scale(p: float) -> None:
+    count = 1 << 20
+    y = dropout(torch.ones(count), KEY, None, None, p, 1, 1)
+    dropped = (y == 0).double().mean().item()
+    assert abs(dropped - p) < 4 * (p * (1 - p) / count) ** 0.5
+    torch.testing.assert_close(y[y != 0], torch.full_like(y[y != 0], 1 / (1 - p)))
+
+
+def test_everything_and_nothing() -> None:
+    x = torch.randn(64)
+    assert torch.equal(dropout(x, KEY, None, None, 1.0, 1, 1), torch.zeros(64))
+    assert torch.equal(dropout(x, KEY, None, None, 0.0, 1, 1), x)
+
+
+def test_sites_steps_ranks_and_neighbours_are_independent() -> None:
+    """Correlations of the masks are within four standard deviations of 0."""
+    count = 1 << 20
+    keys = [*site_keys(0, 3), *site_keys(1, 2), *site_keys(1 << 40, 1)]
+    masks = [kept(count, key, p=0.5) for key in keys] + [kept(count, keys[0], 1, 0.5)]
+    signs = [mask.double() * 2 - 1 for mask in masks]
+    signs += [signs[0].roll(shift) for shift in (1, 2, 64, 4096)]
+    for one, other in itertools.combinations(signs, 2):
+        assert abs((one * other).mean().item()) < 4 / count**0.5
+    rows = masks[0].double().view(1024, 1024).mean(1)
+    assert abs(rows.std().item() * 2 * 32 - 1) < 0.1  # rows differ as much as by chance
+
+
+def test_a_micro_batch_continues_where_the_one_before_ends() -> None:
+    assert torch.equal(torch.cat([kept(96, data_rank=r) for r in range(3)]), kept(288))
+
+
+def test_the_backward_drops_the_same_elements_and_the_expansion_too() -> None:
+    x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    arguments = (KEY, torch.tensor(2), torch.tensor(1), 0.5, 3, 4)
+    y = dropout(x, *arguments)
+    y.sum().backward()
+    assert x.grad is not None and torch.equal(x.grad * x, y)
+    assert torch.equal(dropout_expanded(x, *arguments), y)
+    torch.library.opcheck(torch.ops.omnicompile.dropout.default, (x, *arguments))
+
+
+# Models --------------------------------------------------------------------------------------------------------------
+
+
+class Dropping(nn.Module):
+    """A hand-written decoder with dropout after the embedding, of whole channels, and before the head."""
+
+    def __init__(self, p: float = 0.3) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.p = PlainModel(), p
+        self.inner.tokens.register_forward_hook(self._drop)
+        for layer in self.inner.layers:
+            layer.register_forward_hook(self._drop)
+        self.inner.norm.register_forward_hook(lambda module, args, x: nn.functional.dropout1d(x, p, self.training))
+
+    def _drop(self, module: nn.Module, args: Any, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, self.p, self.training)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Any:
+        return self.inner(input_ids, labels)
+
+
+def joined(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+
+
+MESHES = [Mesh(dp_shard=2), Mesh(sp=2), Mesh(sp=4), Mesh(dp_replicate=2, dp_shard=2), Mesh(dp_shard=2, sp=2)]
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_loss_and_gradients_are_those_of_one_process(mesh: Mesh) -> None:
+    batches = [text_batch(seed, rows=2) for seed in range(mesh.data_ranks)]
+    sharding = Sharding.HSDP if mesh.dp_replicate > 1 else Sharding.FSDP
+    result = run_parity(Dropping().double().train(), batches, mesh, block_plans(mesh, sharding), joined(batches))
+    assert result.program.gm.code.count("omnicompile.dropout.default") == 4
+    assert result.loss_error < 1e-9 and result.worst[1] < 1e-9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [Layout.REPLICATED, Layout.SEQUENCE])
+def test_an_encoder_with_dropout(layout: Layout) -> None:
+    mesh = Mesh(dp_shard=2, sp=2)
+    model = speech_model().double()
+    for module in model.modules():
+        if isinstance(module.__dict__.get("dropout"), float) and not hasattr(module, "k_proj"):
+            module.dropout = 0.2
+    batches = [
+        {k: v.double() if v.is_floating_point() else v for k, v in speech_batch(seed).items()} for seed in range(2)
+    ]
+    blocks = block_plans(mesh, vision=layout, vision_name="encoder")
+    result = run_parity(model, batches, mesh, blocks, joined(batches), shift=0)
+    assert result.program.gm.code.count("omnicompile.dropout.default") == 12
+    assert result.loss_error < 1e-9 and result.worst[1] < 1e-9
+
+
+def lowered(model: nn.Module, mesh: Mesh) -> tuple[RankProgram, RankProgram, dict[str, Tensor]]:
+    batch = text_batch(0)
+    captured, inputs = captured_for(model, batch)
+    original = program_of(captured, model, mesh, block_plans(mesh), 32)
+    return original, lower_forward(original), whole_values(original, captured, model) | inputs.prepare(batch)
+
+
+def test_every_value_holds_its_placement() -> None:
+    original, program, values = lowered(Dropping().train(), Mesh(dp_shard=2, sp=2))
+    report = verify_lowering(original, program, values, shifted_targets(text_batch(0)))
+    assert report.worst[1] < 1e-5
+
+
+def test_evaluation_drops_nothing() -> None:
+    _, program, _ = lowered(Dropping().eval(), Mesh(sp=2))
+    assert "dropout_key" not in program.gm.code and "omnicompile.dropout" not in program.gm.code
+
+
+class AttentionDropout(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        q = x.view(1, -1, 4, 8).transpose(1, 2)
+        return nn.functional.scaled_dot_product_attention(q, q, q, dropout_p=0.1).transpose(1, 2).reshape(x.shape)
+
+
+def test_attention_dropout_is_refused_by_name() -> None:
+    model = Dropping().train()
+    model.inner.layers.append(AttentionDropout())
+    with pytest.raises(LoweringError, match=r"layers.2 has attention dropout.*set .* to 0"):
+        lowered(model, Mesh(dp_shard=2))
