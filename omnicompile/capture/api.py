@@ -71,7 +71,7 @@ def capture_program(
 def capture_model(model: nn.Module, workload: Workload, name: str = "", progress: Progress = silent) -> Program:
     """Trace a model object (on any device; its weights are not touched). Nothing is cached."""
     title = name or type(model).__name__
-    return _capture_module(model, workload, title, title, progress).for_workload(workload)
+    return _capture_noted(model, workload, title, title, progress).for_workload(workload)
 
 
 def _capture(source: ModelSource, workload: Workload, progress: Progress) -> Capture:
@@ -79,14 +79,25 @@ def _capture(source: ModelSource, workload: Workload, progress: Progress) -> Cap
     model = source.build_meta()
     if source.inputs is not None:
         return _capture_with_inputs(model, source, workload, progress)
-    return _capture_module(model, workload, source.name, source.spec, progress)
+    return _capture_noted(model, workload, source.name, source.spec, progress)
+
+
+def _capture_noted(model: nn.Module, workload: Workload, name: str, spec: str, progress: Progress) -> Capture:
+    """The capture, with notes in its Program of what the configuration left open."""
+    from omnicompile.capture.inputs.stand_ins import placeholders_filled
+
+    with placeholders_filled(model) as notes:
+        found = _capture_module(model, workload, name, spec, progress)
+    size = found.limits.images.note if found.limits is not None and found.limits.images is not None else ""
+    more = (*notes, size) if size else notes
+    return replace(found, program=replace(found.program, notes=(*found.program.notes, *more)))
 
 
 def _capture_module(model: nn.Module, workload: Workload, name: str, spec: str, progress: Progress) -> Capture:
     from omnicompile.capture.build import build_program
     from omnicompile.capture.generic import generic_request, generic_sizes, lengthened, loops_over_tokens, shortened
     from omnicompile.capture.inputs import input_constraints, make_inputs
-    from omnicompile.capture.inputs.types import TextTooShort
+    from omnicompile.capture.inputs.types import Rows, TextTooShort
     from omnicompile.capture.sample import sample_shape
     from omnicompile.capture.trace import trace_forward
 
@@ -97,19 +108,23 @@ def _capture_module(model: nn.Module, workload: Workload, name: str, spec: str, 
     try:
         generic = make_inputs(model, wanted.request, check=False)
     except TextTooShort as short:  # tiles and separators of images were not foreseen
-        if limits.max_seq_len is not None or wanted.rows_fixed:
+        if wanted.rows_fixed or (limits.max_seq_len is not None and limits.images is None):
             raise
-        wanted = lengthened(wanted, short.needed)
-        generic = make_inputs(model, wanted.request, check=False)
+        if limits.max_seq_len is not None:  # one row cannot hold as many images as a capture needs
+            limits = replace(limits, rows=Rows.IMAGES)
+            wanted = generic_request(limits, workload)
+        else:
+            wanted = lengthened(wanted, short.needed)
+        generic = make_inputs(model, wanted.request, check=False, limits=limits)
     shorter = shortened(wanted, generic)
     if 2 * shorter.request.seq_len < generic.seq_len and not wanted.rows_fixed and loops_over_tokens(model):
-        wanted, generic = shorter, make_inputs(model, shorter.request, check=False)
+        wanted, generic = shorter, make_inputs(model, shorter.request, check=False, limits=limits)
     progress("tracing the forward")
     try:
         traced = trace_forward(model, generic.kwargs, generic.host)
     except CaptureError:
         # Control flow that reads token ids needs them as metadata; finding that out takes a forward of its own.
-        checked = make_inputs(model, wanted.request, check=True)
+        checked = make_inputs(model, wanted.request, check=True, limits=limits)
         if checked.host == generic.host:
             raise
         generic = checked

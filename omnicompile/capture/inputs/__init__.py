@@ -40,8 +40,10 @@ def input_constraints(model: nn.Module) -> InputConstraints:
     return constraints.input_constraints(model)
 
 
-def make_inputs(model: nn.Module, sample: InputRequest, check: bool = True) -> ExampleInputs:
+def make_inputs(
+    model: nn.Module, sample: InputRequest, check: bool = True, limits: InputConstraints | None = None
+) -> ExampleInputs:
     """Arguments for the model's forward with exactly the numbers of `sample`; see `make.py`."""
     from omnicompile.capture.inputs import make
 
-    return make.make_inputs(model, sample, check)
+    return make.make_inputs(model, sample, check, limits)

@@ -75,6 +75,10 @@ def audio_layouts(facts: Facts, clips: int, frames: int) -> Iterator[dict[str, A
             given[mask] = torch.ones(clips, frames, dtype=dtype, device="cpu")
         if not masks and "audio_feature_lengths" in facts.arguments:
             given["audio_feature_lengths"] = torch.full((clips,), frames, device="cpu")
+        samples = frames * int(first_value(facts.audio_configs, "hop_length") or 1)
+        given |= {
+            n: torch.full((clips,), samples, device="cpu") for n in facts.arguments if n.endswith("sample_lengths")
+        }
         yield given
     if masks:
         for shape in shapes:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from omnicompile.capture.inputs.audio import audio_layouts
 from omnicompile.capture.inputs.constraints import constraints_of
 from omnicompile.capture.inputs.facts import Facts, placeholder_id
-from omnicompile.capture.inputs.probe import observe
+from omnicompile.capture.inputs.probe import Observation, observe, stated_rows
 from omnicompile.capture.inputs.text import Span, make_text, rope_positions
 from omnicompile.capture.inputs.types import ExampleInputs, FloatSpec, InputConstraints, InputRequest, Rows
 from omnicompile.capture.inputs.vision import image_layouts
@@ -35,15 +35,18 @@ _PROBE_SEQ_LEN = 211  # prime, and unlike any hidden size: it tells the text seq
 _IMAGE, _AUDIO = 1, 2
 
 
-def make_inputs(model: nn.Module, sample: InputRequest, check: bool = True) -> ExampleInputs:
+def make_inputs(
+    model: nn.Module, sample: InputRequest, check: bool = True, limits: InputConstraints | None = None
+) -> ExampleInputs:
     """Arguments for `model`'s forward (with loss) with exactly the numbers of `sample`.
 
     `model` may be on the meta device. check: run the whole forward on fake tensors, and make host metadata of the token
-    ids where its control flow depends on them. Raises CaptureError where an input cannot be guessed, or where `sample`
+    ids where its control flow depends on them. limits: what to keep to instead of the model's own `input_constraints`.
+    Raises CaptureError where an input cannot be guessed, or where `sample`
     breaks the model's `input_constraints`.
     """
     facts = Facts.of(model)
-    limits = constraints_of(facts)
+    limits = limits or constraints_of(facts)
     rows_of = {Rows.SAMPLES: sample.batch, Rows.IMAGES: sample.images, Rows.CLIPS: sample.clips}
     rows = rows_of[limits.rows] or sample.batch
     _check(limits, sample)
@@ -127,16 +130,27 @@ def _choose(
     """The first of `layouts(text length)` that the forward takes, and the placeholders it asks for per item."""
     token = placeholder_id(facts, modality)
     kind = _IMAGE if modality == "image" else _AUDIO
-    # Two each: some models take a lone placeholder for an unexpanded one and expand it themselves.
-    spans = [Span(token, 2, kind)] * count if token is not None else []
-    length = min(_PROBE_SEQ_LEN, limits.max_seq_len or _PROBE_SEQ_LEN, seq_len)
-    failures: list[str] = []
-    candidates = layouts(length)
-    for number, layout in enumerate(candidates):
+    shortest = min(_PROBE_SEQ_LEN, limits.max_seq_len or _PROBE_SEQ_LEN, seq_len)
+
+    def probe(layout: dict[str, Any], tokens: int, length: int) -> Observation:
+        spans = [Span(token, tokens, kind)] * count if token is not None else []
         kwargs = _text_arguments(facts, limits, rows, length, spans, layout, probing=True)
         seen = observe(facts.model, kwargs, _host_names(kwargs), length)
         if seen.depends_on_values:
             seen = observe(facts.model, kwargs, _host_names(kwargs) | TOKEN_IDS, length)
+        return seen
+
+    failures: list[str] = []
+    candidates = layouts(shortest)
+    for number, layout in enumerate(candidates):
+        # Two each: some models take a lone placeholder for an unexpanded one and expand it themselves.
+        seen = probe(layout, 2, shortest)
+        stated = 0 if seen.error is None or token is None else stated_rows(seen.error, 2 * count)
+        if stated and stated % count == 0:
+            length = shortest + stated
+            again = probe(layouts(length)[number], stated // count, length)
+            if again.error is None and again.rows in (None, stated):
+                seen = Observation(rows=stated)
         if seen.rows is not None and seen.rows % count:
             failures.append(f"{count} equal {modality} inputs gave {seen.rows} features")
         elif seen.rows is not None:

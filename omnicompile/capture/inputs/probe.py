@@ -50,6 +50,20 @@ class Observation:
         return bool(names & _VALUE_ERRORS) or "only concrete integers" in text or bool(re.search(r"\bu\d+\b", text))
 
 
+def stated_rows(error: Exception, placeholders: int) -> int:
+    """The number of features that an error speaks of, where a model counts `placeholders` placeholders itself before it
+    merges features into them, or adds the features to their embeddings; 0 if the error is about something else."""
+    told = re.search(r"tokens.*features:? *\(?(\d+)", str(error))
+    if told is not None:
+        return int(told[1])
+    sizes = re.search(r"size of tensor a \((\d+)\) must match the size of tensor b \((\d+)\)", str(error))
+    if sizes is None or placeholders == 0:
+        return 0
+    ours, wanted = int(sizes[1]), int(sizes[2])
+    fits = ours % placeholders == 0 and wanted % (ours // placeholders) == 0
+    return wanted // (ours // placeholders) if fits else 0
+
+
 class _Watch(TorchFunctionMode):
     """Sees features written over masked positions of a text sequence of `seq_len` tokens."""
 

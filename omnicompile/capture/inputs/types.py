@@ -41,13 +41,14 @@ class ImageConstraints:
 
     patch_size: pixels per side of a patch. multiple: (height, width) of the grid in patches must be a multiple of it.
     grid: the only grid that the vision tower takes, None where any grid will do. packed: patches of all images lie in
-    one row, so that images may differ in size.
+    one row, so that images may differ in size. note: what a reader must know of `grid`, if anything.
     """
 
     patch_size: int
     multiple: tuple[int, int] = (1, 1)
     grid: tuple[int, int] | None = None
     packed: bool = False
+    note: str = ""
 
     def nearest_grid(self, height: int, width: int) -> tuple[int, int]:
         """The grid in patches for an image of `height` x `width` pixels, at least one multiple per side."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from omnicompile.capture.inputs.types import FloatSpec, ImageConstraints
 
 PIXELS = ("pixel_values", "image_pixel_values", "pixel_values_images", "flattened_patches", "image_patches")
 GRIDS = ("image_grid_thw", "grid_thw", "image_grid_hw", "target_sizes", "spatial_shapes", "image_position_ids")
+_EXTRA_MERGES = ("adapter_merge_size", "downsample_factor")
 _VISION_PATH = re.compile(r"vision|visual|image|vit\b|encoder")
 
 
@@ -41,7 +43,8 @@ def image_facts(facts: Facts) -> ImageFacts | None:
     patch = first_value(configs, "patch_size", "spatial_patch_size")
     merge = first_value(configs, "spatial_merge_size", "merge_kernel_size", "merge_size", "pooling_kernel_size")
     rows, cols = pair(merge or 1)
-    extra = first_value(configs, "adapter_merge_size", "downsample_factor") or 1
+    # Some configurations call the merging itself by this name as well.
+    extra = first_value((c for c in configs if not _same_field(c, "adapter_merge_size")), *_EXTRA_MERGES) or 1
     return ImageFacts(
         pixels=pixels,
         channels=int(first_value(configs, "in_channels", "num_channels", "in_chans") or 3),
@@ -53,6 +56,11 @@ def image_facts(facts: Facts) -> ImageFacts | None:
     )
 
 
+def _same_field(config: Any, name: str) -> bool:
+    """Whether `name` is only another name of a field of `config`."""
+    return name in getattr(config, "attribute_map", {})
+
+
 def image_constraints(facts: Facts) -> ImageConstraints | None:
     found = image_facts(facts)
     if found is None:
@@ -62,10 +70,33 @@ def image_constraints(facts: Facts) -> ImageConstraints | None:
     if "image_sizes" in facts.arguments and not _has_fixed_positions(facts, found):
         return ImageConstraints(found.patch, multiple=found.merge)
     height, width = found.size or (_DEFAULT_SIZE, _DEFAULT_SIZE)
-    return ImageConstraints(found.patch, grid=(height // found.patch, width // found.patch))
+    native = (height // found.patch, width // found.patch)
+    grid = _fitting(facts, native)
+    note = ""
+    if grid != native:
+        taken = " x ".join(str(n * found.patch) for n in grid)
+        note = f"patches of images of {height} x {width} pixels, as configured, cannot be merged: planned at {taken}"
+    return ImageConstraints(found.patch, grid=grid, note=note)
 
 
 _DEFAULT_SIZE = 512
+
+
+def _fitting(facts: Facts, grid: tuple[int, int]) -> tuple[int, int]:
+    """The grid nearest to `grid` that what follows the tower takes: sides that shuffling or pooling divides, and a
+    number of patches that a table of known ones has."""
+    factor = first_value(facts.image_configs, "downsample_factor", "scale_factor")
+    if isinstance(factor, int) and factor > 1:
+        rows, cols = (max(1, round(side / factor)) * factor if side % factor else side for side in grid)
+        grid = (rows, cols)
+    tables = (value for config in facts.image_configs for name, value in vars(config).items() if "patch_to" in name)
+    known = next((sorted(int(n) for n in table) for table in tables if isinstance(table, dict) and table), None)
+    if known is not None and grid[0] * grid[1] not in known:
+        squares = [n for n in known if math.isqrt(n) ** 2 == n]
+        if squares:
+            side = math.isqrt(min(squares, key=lambda n: abs(n - grid[0] * grid[1])))
+            grid = (side, side)
+    return grid
 
 
 def _has_fixed_positions(facts: Facts, found: ImageFacts) -> bool:
@@ -197,7 +228,8 @@ def _pixel_masks(facts: Facts, rows: int, per_row: int, size: tuple[int, int], d
         return [{}]
     if dims == 4:
         return [{}, {name: _ones(rows, per_row)}]
-    return [{name: _ones(rows, per_row, *size, dtype=torch.bool)}, {name: _ones(rows, per_row)}]
+    whole = [_ones(rows, per_row, dtype=dtype) for dtype in (torch.long, torch.bool)]
+    return [{name: mask} for mask in (_ones(rows, per_row, *size, dtype=torch.bool), *whole)]
 
 
 def _pixels(found: ImageFacts, grid: tuple[int, int]) -> tuple[int, int]:
