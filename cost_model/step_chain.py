@@ -96,6 +96,18 @@ def recompute_indices(numbers: SegmentNumbers, policy: Recompute) -> list[int]:
     return [i for i in forward_indices(numbers) if numbers.ops[i].op.name in names]
 
 
+def kept_attention(numbers: SegmentNumbers, policy: Recompute) -> dict[int, str]:
+    """Index -> name of forward attention that does not run again while what it reads does."""
+    again = set(numbers.segment.saved[policy].recompute_ops)
+    if policy is not Recompute.EXCEPT_ATTENTION or again <= set(numbers.segment.saved[Recompute.SELECTIVE].recompute_ops):
+        return {}
+    return {
+        i: numbers.ops[i].op.name
+        for i in forward_indices(numbers)
+        if numbers.ops[i].op.attention is not None and numbers.ops[i].op.name not in again
+    }
+
+
 def pick(chain_of: list[int], numbers: SegmentNumbers, seconds: Sequence[float]) -> tuple[list[OpNumbers], list[float]]:
     return [numbers.ops[i] for i in chain_of], [seconds[i] for i in chain_of]
 

@@ -106,7 +106,7 @@ def unit_work(
     host = saved if plan.offload and segment.role not in ("embed", "head") else 0.0
     return UnitWork(
         forward=chain(step_chain.forward_indices(numbers), "compute"),
-        again=chain(step_chain.recompute_indices(numbers, policy), "recompute") if gradient.any else (),
+        again=_again(numbers, policy, split, groups, prices, seconds) if gradient.any else (),
         backward=chain(step_chain.backward_indices(numbers, gradient), "compute") if gradient.any else (),
         host_seconds=prices.host_copy(host) if host > 0 else 0.0,
         saved=saved - host,
@@ -116,6 +116,23 @@ def unit_work(
         backward_peak=backward_peak,
         exchange=_exchange_buffers(numbers, split, groups),
     )
+
+
+def _again(
+    numbers: SegmentNumbers,
+    policy: Recompute,
+    split: Split,
+    groups: Groups,
+    prices: Prices,
+    seconds: tuple[float, ...],
+) -> Chain:
+    """What runs again. Attention whose results are kept takes no time, but what goes into it and what comes out of it is
+    exchanged again: the backward reads both on the other side of the exchange."""
+    indices = step_chain.recompute_indices(numbers, policy)
+    kept = step_chain.kept_attention(numbers, policy)
+    ops, times = step_chain.pick(sorted({*indices, *kept}), numbers, seconds)
+    times = [0.0 if op.op.name in kept.values() else time for op, time in zip(ops, times)]
+    return step_chain.op_chain(ops, times, split, groups, prices, "recompute")
 
 
 def _kept(

@@ -1,8 +1,8 @@
 """Recompute: values that the backward reads are computed again instead of being kept from the forward.
 
 What is kept is what the planner prices (capture/liveness.py): under `selective` results of GEMMs, attention, experts
-and collectives and whatever is not cheap; under `full` what flows into a layer. A policy that would keep no less than a
-milder one does as that one.
+and collectives and whatever is not cheap; under `except_attention` what flows into a layer and the results of attention;
+under `full` only what flows into a layer. A policy that would keep no less than a milder one does as that one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from omnicompile.capture.classify import is_cheap, is_in_place
+from omnicompile.capture.classify import ATTENTION, is_cheap, is_in_place
 from omnicompile.passes.liveness import balanced_rows, storage_of, storages_bytes
 from omnicompile.passes.segments import RECOMPUTE, forward_layers, is_forward
 from omnicompile.plan import BlockPlan
@@ -150,8 +150,8 @@ def _chooses(node: fx.Node, call: fx.Node) -> bool:
 
 
 def _candidates(step: _Step, nodes: list[fx.Node], policy: Recompute) -> set[fx.Node]:
-    """Nodes of a layer that may run again: not what other layers read, and under `selective` only what is cheap. What
-    shares memory with something that is kept, or is part of it, is kept too."""
+    """Nodes of a layer that may run again: not what other layers read, under `selective` only what is cheap, and under
+    `except_attention` all but attention. What shares memory with something that is kept, or is part of it, is kept too."""
     inside = set(nodes)
     kept = {
         storage_of(node)
@@ -160,6 +160,8 @@ def _candidates(step: _Step, nodes: list[fx.Node], policy: Recompute) -> set[fx.
     }
     if policy is Recompute.SELECTIVE:
         kept |= {storage_of(n) for n in nodes if storage_of(n) is n and not _is_light(_producer(n))}
+    elif policy is Recompute.EXCEPT_ATTENTION:
+        kept |= {storage_of(n) for n in nodes if _producer(n).target in ATTENTION}
     return {
         n for n in nodes if storage_of(n) not in kept and storage_of(_producer(n)) not in kept and _repeatable(step, n)
     }
@@ -203,8 +205,8 @@ def _choose(step: _Step, layer: str, nodes: list[fx.Node], policy: Recompute) ->
     needed = _needed(step, nodes)
     before = storages_bytes(_kept(step, needed, set()), rows)
     best, bytes_kept = set[fx.Node](), before
-    milder = [Recompute.SELECTIVE] if policy is Recompute.FULL else []
-    for candidate in [*milder, policy]:
+    order = list(Recompute)
+    for candidate in order[order.index(Recompute.SELECTIVE) : order.index(policy) + 1]:
         again = _candidates(step, nodes, candidate)
         found = storages_bytes(_kept(step, needed, again), rows)
         if found < bytes_kept:

@@ -38,7 +38,7 @@ def _op(name: str, phase: Phase, flops: sympy.Expr, experts: ExpertsShape | None
 def _segment(name: str, block: str, tokens: sympy.Symbol, count: int, experts: bool = False) -> Segment:
     shape = ExpertsShape(4, 1, 8, 8, tokens) if experts else None
     params = (Param("weight", (10, 100)), *((Param("experts", (4, 100), expert=True),) if experts else ()))
-    saved = {policy: Saved(size * tokens, tokens) for policy, size in zip(Recompute, (6, 4, 2))}
+    saved = {policy: Saved(size * tokens, tokens) for policy, size in zip(Recompute, (6, 4, 3, 2))}
     return Segment(
         name=name,
         block=block,

@@ -226,7 +226,7 @@ def test_pins_of_the_command_line() -> None:
         ("=1", "write it as block.choice=value"),
         ("vision.spp=1", r"vision has no choice 'spp' \(did you mean sp\?\)"),
         ("mesh.sp=many", "must be a whole number, got 'many'"),
-        ("text.recompute=some", "must be one of none, selective, full, got 'some'"),
+        ("text.recompute=some", "must be one of none, selective, except_attention, full, got 'some'"),
         ("text.recompute={", "while parsing|expected"),
     ],
 )

@@ -10,7 +10,7 @@ import sympy
 from torch import Tensor, fx
 
 from omnicompile.capture.annotate import gradient_feeds
-from omnicompile.capture.classify import is_cheap, is_free, storage_of
+from omnicompile.capture.classify import ATTENTION, is_cheap, is_free, storage_of
 from omnicompile.capture.fusion import fuse, only_inside
 from omnicompile.capture.joint import JointGraph
 from omnicompile.capture.symbols import SizeReader
@@ -81,9 +81,9 @@ def _producer(node: fx.Node) -> fx.Node:
     return node
 
 
-def _upstream(joint: JointGraph, needed: Iterable[fx.Node]) -> set[fx.Node]:
-    """Every forward call that the needed values come from."""
-    forward = set(joint.forward)
+def _upstream(joint: JointGraph, needed: Iterable[fx.Node], kept: set[fx.Node]) -> set[fx.Node]:
+    """Every forward call that the needed values come from, not looking behind what is kept."""
+    forward = set(joint.forward) - kept
     found: set[fx.Node] = set()
     stack = list(needed)
     while stack:
@@ -94,22 +94,41 @@ def _upstream(joint: JointGraph, needed: Iterable[fx.Node]) -> set[fx.Node]:
     return found
 
 
+def _attention_results(joint: JointGraph) -> set[fx.Node]:
+    """Attention calls and, as they return tuples, the elements of their results."""
+    return {node for node in joint.forward if _producer(node).target in ATTENTION}
+
+
 def _policy(joint: JointGraph, sizes: _Sizes, policy: Recompute, labels: frozenset[str]) -> tuple[Expr, set[fx.Node]]:
     """(bytes kept, forward calls run again) for the gradients `labels`. A policy that would keep no less than a milder
     one does as that one."""
     needed = _needed_by(joint, labels)
     kept, again = sizes.total(needed), set[fx.Node]()
-    if policy is Recompute.NONE or not needed:
+    if not needed:
         return kept, again
-    stored, recomputed = _selective(joint, needed)
-    if not sizes.larger(sizes.total(stored), kept):
-        kept, again = sizes.total(stored), recomputed
-    if policy is Recompute.FULL:
-        inputs = joint.differentiable - set(joint.params)
-        whole = sizes.total(n for n in joint.activations if n in inputs)
-        if not sizes.larger(whole, kept):
-            kept, again = whole, _upstream(joint, needed)
+    for milder in Recompute:
+        if milder is not Recompute.NONE:
+            stored, recomputed = _choice(joint, milder, needed)
+            if not sizes.larger(sizes.total(stored), kept):
+                kept, again = sizes.total(stored), recomputed
+        if milder is policy:
+            break
     return kept, again
+
+
+def _choice(
+    joint: JointGraph, policy: Recompute, needed: dict[fx.Node, None]
+) -> tuple[dict[fx.Node, None], set[fx.Node]]:
+    """What `policy` stores and what it computes again."""
+    if policy is Recompute.SELECTIVE:
+        return _selective(joint, needed)
+    inputs = joint.differentiable - set(joint.params)
+    stored = dict.fromkeys(n for n in joint.activations if n in inputs)
+    attention = _attention_results(joint) if policy is Recompute.EXCEPT_ATTENTION else set[fx.Node]()
+    again = _upstream(joint, needed, attention)
+    read = {storage_of(source) for node in again for source in node.all_input_nodes} | set(needed)
+    stored |= dict.fromkeys(node for node in joint.forward if node in attention and node in read)
+    return stored, again
 
 
 def _walk(calls: list[fx.Node], reader: SizeReader, skip: set[fx.Node]) -> Expr:

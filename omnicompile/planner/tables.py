@@ -262,8 +262,8 @@ def _concatenate(parts: Sequence[BlockTable]) -> BlockTable:
 
 def option_savers(option: Option) -> tuple[int, int, int]:
     """How an option saves memory by work: (loss head chunked, offload, recompute)."""
-    order = (Recompute.NONE, Recompute.SELECTIVE, Recompute.FULL)
-    return int(option.loss_head is LossHead.CHUNKED), int(option.plan.offload), order.index(option.plan.recompute)
+    recompute = list(Recompute).index(option.plan.recompute)
+    return int(option.loss_head is LossHead.CHUNKED), int(option.plan.offload), recompute
 
 
 def saves_no_more(left: Sequence[int], right: Sequence[int]) -> bool:
@@ -293,8 +293,7 @@ def recompute_is_nested(program: Program) -> bool:
     """Whether each recompute policy runs again all that the weaker ones do, so that it cannot be faster."""
     for segment in program.segments:
         forward = {op.name for op in segment.phase_ops(Phase.FORWARD)}
-        policies = (Recompute.NONE, Recompute.SELECTIVE, Recompute.FULL)
-        again = [set(segment.saved[policy].recompute_ops) & forward for policy in policies]
-        if not again[0] <= again[1] <= again[2]:
+        again = [set(segment.saved[policy].recompute_ops) & forward for policy in Recompute]
+        if not all(milder <= stronger for milder, stronger in itertools.pairwise(again)):
             return False
     return True

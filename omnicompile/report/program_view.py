@@ -22,6 +22,7 @@ LEGEND = (
     "saved: kept for the backward without recompute; selective, full: with it",
 )
 COLUMNS = ("", "count", "params", "forward", "backward", "saved", "selective", "full")
+SHOWN_POLICIES = (Recompute.NONE, Recompute.SELECTIVE, Recompute.FULL)
 
 
 def program_text(program: Program, values: Values, width: int | None = None, color: bool = False) -> str:
@@ -85,7 +86,7 @@ def _sums(segment: Segment, values: Values) -> list[float]:
         segment.param_count,
         segment_flops(segment, Phase.FORWARD, values),
         segment_flops(segment, Phase.BACKWARD, values),
-        *(saved.get(policy, 0.0) for policy in (Recompute.NONE, Recompute.SELECTIVE, Recompute.FULL)),
+        *(saved.get(policy, 0.0) for policy in SHOWN_POLICIES),
     ]
     return [segment.count * value for value in each]
 

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from omnicompile.capture.liveness import analyse
-from omnicompile.program import Recompute, Sym
+from omnicompile.program import Phase, Recompute, Sym
 
 from .small import TOKENS, WIDTH, Language, joint_of, program_of, reader, text
 
@@ -31,6 +31,16 @@ def test_full_keeps_the_input_of_a_layer_alone() -> None:
     layer = program_of(Language()).segment("text.layers")
     assert layer.saved[Recompute.FULL].nbytes == layer.input_bytes == ROW * Sym.S
     assert len(layer.saved[Recompute.FULL].recompute_ops) > 4
+
+
+def test_all_but_attention_keeps_the_input_and_what_attention_gives() -> None:
+    """Of attention its result (a row as wide as the layer) and, in float32, a log-sum-exp per head and token."""
+    layer = program_of(Language()).segment("text.layers")
+    full, most = layer.saved[Recompute.FULL], layer.saved[Recompute.EXCEPT_ATTENTION]
+    heads = next(op.attention.heads for op in layer.ops if op.attention is not None)
+    assert most.nbytes == full.nbytes + (ROW + 4 * heads) * Sym.S
+    attention = {op.name for op in layer.ops if op.attention is not None and op.phase is Phase.FORWARD}
+    assert set(full.recompute_ops) - set(most.recompute_ops) == attention
 
 
 def test_frozen_parameters_need_less() -> None:

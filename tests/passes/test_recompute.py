@@ -85,19 +85,28 @@ def choosing(x: Tensor, weight: Tensor) -> Tensor:
     return x + x.exp().sin().cos().gather(-1, index).sum(-1, keepdim=True)
 
 
-@pytest.mark.parametrize("policy", [Recompute.SELECTIVE, Recompute.FULL])
+@pytest.mark.parametrize("policy", [Recompute.SELECTIVE, Recompute.EXCEPT_ATTENTION, Recompute.FULL])
 def test_what_the_backward_reads_is_made_in_the_backward_of_its_layer(policy: Recompute) -> None:
     gm, arguments = layered_step(smooth, policy)
     whole, _ = layered_step(smooth, Recompute.NONE)
     assert all(torch.equal(a, b) for a, b in zip(gm(*arguments), whole(*arguments), strict=True))
     again = targets(gm, RECOMPUTE)
     assert again.count(aten.sin.default) == again.count(aten.tanh.default) == 2
-    assert (aten.mm.default in again) == (policy is Recompute.FULL)
+    assert (aten.mm.default in again) == (policy is not Recompute.SELECTIVE)
     phases = [n.meta.get("phase") for n in gm.graph.nodes if n.op == "call_function"]
     last_forward = max(i for i, phase in enumerate(phases) if phase == FORWARD)
     copies = [i for i, phase in enumerate(phases) if phase == RECOMPUTE]
     assert last_forward < copies[0]
     assert copies[-1] - copies[0] >= len(copies), "the second layer's backward stands between"
+
+
+def test_attention_runs_once_unless_all_is_recomputed() -> None:
+    forwards = {}
+    for policy in Recompute:
+        step, _ = one_rank_step("moe", policy)
+        again = targets(step.gm, RECOMPUTE)
+        forwards[policy] = again.count(torch.ops.omnicompile.attention.default)
+    assert forwards.pop(Recompute.FULL) > 0 and set(forwards.values()) == {0}
 
 
 def test_random_numbers_are_not_drawn_again() -> None:
@@ -138,16 +147,16 @@ def test_a_model_gives_the_same_bits_and_takes_less(kind: str) -> None:
     want = found[Recompute.NONE][1]
     for _, outputs in found.values():
         assert all(torch.equal(a, b) for a, b in zip(outputs, want, strict=True))
-    none, selective, full = (peak_bytes(found[policy][0].gm).beyond_inputs for policy in Recompute)
-    assert full < selective < none
+    none, selective, *more = (peak_bytes(found[policy][0].gm).beyond_inputs for policy in Recompute)
+    assert max(more) < selective < none
 
 
 def test_a_layer_keeps_what_the_planner_says() -> None:
     """Under `full` also the choices: of each of 128 tokens two experts and two places, and four counts."""
     program = capture_model(mixture_model(), Workload(seq_len=128))
     (layer,) = (segment for segment in program.segments if segment.role == "layer")
-    choices = {Recompute.FULL: 2 * 128 * 2 * 8 + 4 * 8}
-    for policy in (Recompute.SELECTIVE, Recompute.FULL):
+    choices = dict.fromkeys((Recompute.EXCEPT_ATTENTION, Recompute.FULL), 2 * 128 * 2 * 8 + 4 * 8)
+    for policy in choices.keys() | {Recompute.SELECTIVE}:
         step, _ = one_rank_step("moe", Recompute.NONE)
         for done in recompute_pass(step.gm, BLOCKS[policy]):
             expressions = [layer.saved[p].nbytes for p in (Recompute.NONE, policy)]
@@ -162,7 +171,7 @@ def test_a_layer_keeps_what_the_planner_says() -> None:
 )
 def test_ranks_give_the_same_bits(kind: str, mesh: Mesh) -> None:
     _, want = run_on_all_ranks(kind, Recompute.NONE, mesh)
-    for policy in (Recompute.SELECTIVE, Recompute.FULL):
+    for policy in (Recompute.SELECTIVE, Recompute.EXCEPT_ATTENTION, Recompute.FULL):
         step, got = run_on_all_ranks(kind, policy, mesh)
         assert step.recomputed > 0
         for mine, theirs in zip(got, want, strict=True):

@@ -137,6 +137,9 @@ def saved_by_policy(everything: Expr, results: Expr, inputs: Expr, ops: tuple[Op
     return {
         Recompute.NONE: Saved(everything, everything / 2),
         Recompute.SELECTIVE: Saved(results, results / 2, cheap),
+        Recompute.EXCEPT_ATTENTION: Saved(
+            (inputs + results) / 2, inputs, tuple(op.name for op in forward if op.kind is not OpKind.ATTENTION)
+        ),
         Recompute.FULL: Saved(inputs, inputs, tuple(op.name for op in forward)),
     }
 

@@ -137,7 +137,7 @@ def test_encoder_layouts_can_be_pinned_by_name_or_by_degree() -> None:
     [
         ({"audio.sp": "1"}, "no block 'audio'"),
         ({"text.colour": "1"}, "no field 'colour'"),
-        ({"text.recompute": "some"}, "none, selective, full"),
+        ({"text.recompute": "some"}, "none, selective, except_attention, full"),
         ({"mesh.tp": "2"}, "not executable yet"),
         ({"mesh.sp": "0"}, "at least 1"),
         ({"mesh.sp": "3"}, "no plan for 8 GPUs"),

@@ -44,6 +44,11 @@ def test_program(sample_program: Program) -> None:
     text = view["blocks"][1]
     assert text["parameters"] == 4200
     assert text["segments"][0]["forward_flops_each"] == 2e6
-    assert text["segments"][0]["saved_bytes_each"] == {"none": 6000, "selective": 4000, "full": 2000}
+    assert text["segments"][0]["saved_bytes_each"] == {
+        "none": 6000,
+        "selective": 4000,
+        "except_attention": 3000,
+        "full": 2000,
+    }
     assert view["symbols"]["S"] == 1000
     assert view["edges"] == [{"source": "vision", "target": "text", "bytes": 16}]
