@@ -18,7 +18,7 @@ from omnicompile.passes.rank_program import BATCH_AXES, InputSpec, RankProgram
 from omnicompile.plan import Plan
 
 aten = torch.ops.aten
-_KEYED = torch.ops.omnicompile.dropout.default
+KEYED_DROPOUT = torch.ops.omnicompile.dropout.default
 _PLAIN, _CHANNELS = ("aten::dropout", "aten::native_dropout"), "aten::feature_dropout"
 _EXPERT_ROWS = torch.ops.omnicompile.expert_dispatch.default, torch.ops.omnicompile.expert_combine.default
 
@@ -62,12 +62,12 @@ def _refuse(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
             continue
-        if any(argument.name == "dropout_p" for argument in node.target._schema.arguments):
-            if schema_values(node)["dropout_p"]:
-                raise LoweringError(
-                    f"{operator_name(node)} in {module_of(node)} has attention dropout, whose elements are not kept by "
-                    "place: set the attention dropout probability to 0"
-                )
+        named = any(argument.name == "dropout_p" for argument in node.target._schema.arguments)
+        if named and schema_values(node)["dropout_p"]:
+            raise LoweringError(
+                f"{operator_name(node)} in {module_of(node)} has attention dropout, which does not go by the place of "
+                "an element: set the attention dropout probability to 0"
+            )
         inside = any(source in rows for source in node.all_input_nodes) and node.target is not _EXPERT_ROWS[1]
         if node.target is _EXPERT_ROWS[0] or inside:
             rows.add(node)
@@ -104,9 +104,10 @@ def _replace(node: fx.Node, key: fx.Node, data_rank: fx.Node | None) -> None:
         if operator_name(node) == _CHANNELS:
             shape = x.meta["val"].shape
             ones = _emit(node, aten.new_ones.default, x, [*shape[:2], *([1] * (len(shape) - 2))])
-            new = _emit(node, aten.mul.Tensor, x, _emit(node, _KEYED, ones, key, data_rank, None, values["p"], 1, 1))
+            scale = _emit(node, KEYED_DROPOUT, ones, key, data_rank, None, values["p"], 1, 1)
+            new = _emit(node, aten.mul.Tensor, x, scale)
         else:
-            new = _emit(node, _KEYED, x, key, data_rank, None, values["p"], 1, 1)
+            new = _emit(node, KEYED_DROPOUT, x, key, data_rank, None, values["p"], 1, 1)
     if operator_name(node) != "aten::native_dropout":
         node.replace_all_uses_with(new)
     else:
@@ -129,7 +130,7 @@ def _emit(like: fx.Node, function: Callable[..., Any], *args: Any) -> fx.Node:
 
 def expand_dropout(gm: fx.GraphModule) -> fx.GraphModule:
     """Write keyed dropout in plain operators, in place, for a compiler to fuse."""
-    found = gm.graph.find_nodes(op="call_function", target=_KEYED)
+    found = gm.graph.find_nodes(op="call_function", target=KEYED_DROPOUT)
     for node in found:
         node.target = dropout_op.dropout_expanded
     if found:

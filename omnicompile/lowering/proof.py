@@ -22,9 +22,10 @@ from omnicompile.lowering.full_size import token_lengths
 from omnicompile.lowering.graph_capture import CapturedForward, LoweredInputs, capture_forward
 from omnicompile.lowering.tiny import Batch, TinyModel
 from omnicompile.passes import lower_forward
+from omnicompile.passes.dropout import KeyedDropout
 from omnicompile.passes.functional import remove_mutation_pass
 from omnicompile.passes.rank_program import GROUP_PREFIX, RankProgram
-from omnicompile.passes.simulate import run_ranks
+from omnicompile.passes.simulate import SIMULATED_SEED, run_ranks
 from omnicompile.passes.verifier import verify_lowering
 from omnicompile.plan import Plan
 
@@ -173,9 +174,11 @@ def _fixed(program: TinyProgram, model: nn.Module) -> dict[str, Tensor]:
 
 
 def _reference(model: nn.Module, batches: list[Batch]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and gradients by name of the single-process model on the batches of all data ranks as one batch."""
+    """Loss and gradients by name of the single-process model on the batches of all data ranks as one batch. Its dropout
+    goes by place, as that of the lowered program."""
     model.zero_grad()
-    output = model(**joined(batches))
+    with KeyedDropout(SIMULATED_SEED):
+        output = model(**joined(batches))
     loss = output if isinstance(output, Tensor) else output["loss"] if isinstance(output, Mapping) else output.loss
     loss.backward()
     grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from omnicompile.passes.dropout import KEYED_DROPOUT
+
 Function = Callable[..., Any]
 Compile = Callable[[fx.GraphModule, bool], Function]
 _UNBACKED = re.compile(r"\b[us]\d+\b")
@@ -49,10 +51,10 @@ def _symbolic(node: fx.Node) -> bool:
 
 
 def is_compute(node: fx.Node) -> bool:
-    """An ATen operator on tensors whose results are tensors."""
+    """An ATen operator, or dropout, on tensors whose results are tensors."""
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return False
-    if node.target.namespace not in ("aten", "prims"):
+    if node.target.namespace not in ("aten", "prims") and node.target is not KEYED_DROPOUT:
         return False
     return all(isinstance(value, Tensor) for value in _values(node))
 

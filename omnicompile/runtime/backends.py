@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from omnicompile.lowering.regions import compile_regions
 from omnicompile.lowering.step_graph import trace_step
+from omnicompile.passes.dropout import expand_dropout
 from omnicompile.passes.rank_program import RankProgram
 
 Function = Callable[..., tuple[Tensor, ...]]
@@ -40,7 +41,7 @@ def step_with(compile: Compile, device: torch.device, program: RankProgram) -> t
 
 
 def _inductor(module: fx.GraphModule, dynamic: bool) -> Function:
-    return torch.compile(module, dynamic=dynamic, fullgraph=True)
+    return torch.compile(expand_dropout(module), dynamic=dynamic, fullgraph=True)
 
 
 def _by_regions(gm: fx.GraphModule) -> Function:

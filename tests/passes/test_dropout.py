@@ -11,14 +11,13 @@ from torch import Tensor, nn
 
 from omnicompile.errors import LoweringError
 from omnicompile.passes import lower_forward
-from omnicompile.passes.dropout import KeyedDropout
 from omnicompile.passes.dropout_op import dropout, dropout_expanded, philox, site_keys
 from omnicompile.passes.rank_program import RankProgram
 from omnicompile.passes.verifier import verify_lowering
 from omnicompile.plan import Layout, Mesh, Sharding
 
-from .models import block_plans, dense_model, text_batch
-from .parity import captured_for, program_of, relative_errors, run_parity, shifted_targets, whole_values
+from .models import block_plans, text_batch
+from .parity import captured_for, program_of, run_parity, shifted_targets, whole_values
 from .plain_models import PlainModel, speech_batch, speech_model
 
 KEY = site_keys(3, 1)[0]
