@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from omnicompile.anchors.attention_cpu import fused_attention, fused_attention_backward, is_fused
+
 
 def _segments(cu_q: Tensor | None, cu_k: Tensor | None, q_len: int, kv_len: int) -> list[tuple[int, int, int, int]]:
     """(q start, q end, k start, k end) of each segment that holds at least one query."""
@@ -63,6 +65,11 @@ def _empty_output(q: Tensor, v: Tensor) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
 
 
+def _laid_out(x: Tensor) -> Tensor:
+    """`x` laid out as `_empty_output` says."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
 @torch.library.custom_op("omnicompile::attention", mutates_args=())
 def attention(
     q: Tensor,
@@ -78,11 +85,19 @@ def attention(
     window: int,
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
+    fused = is_fused(q, k, v, sinks, softcap)
+    if fused and cu_q is None:
+        out, lse = fused_attention(q, k, v, causal, scale, window)
+        return _laid_out(out), lse.contiguous()
     dtype, kv_heads = _accumulate_dtype(q), k.shape[1]
     out = _empty_output(q, v).zero_()
     lse = torch.zeros(q.shape[:3], dtype=dtype, device=q.device)
     sink = None if sinks is None else sinks.to(dtype).view(1, kv_heads, -1, 1, 1)
     for qs, qe, ks, ke in _segments(cu_q, cu_k, q.shape[2], k.shape[2]):
+        if fused:
+            inputs = (q[:, :, qs:qe], k[:, :, ks:ke], v[:, :, ks:ke])
+            out[:, :, qs:qe], lse[:, :, qs:qe] = fused_attention(*inputs, causal, scale, window)
+            continue
         qg = _grouped(q[:, :, qs:qe].to(dtype), kv_heads)
         scores, _ = _scores(qg, k[:, :, ks:ke].to(dtype), causal, scale, window, softcap)
         seg_lse = scores.logsumexp(-1, keepdim=True)
@@ -119,10 +134,21 @@ def attention_backward(
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and of the sinks (an empty tensor when there are none)."""
+    fused = is_fused(q, k, v, sinks, softcap)
+    if fused and cu_q is None:
+        dq, dk, dv = fused_attention_backward(grad, q, k, v, out, lse, causal, scale, window)
+        return _laid_out(dq), _laid_out(dk), _laid_out(dv), q.new_empty(0)
     dtype, kv_heads = lse.dtype, k.shape[1]
     grads = tuple(torch.zeros(t.shape, dtype=dtype, device=t.device) for t in (q, k, v))
     sink_grad = torch.zeros(0 if sinks is None else sinks.shape[0], dtype=dtype, device=q.device)
     for qs, qe, ks, ke in _segments(cu_q, cu_k, q.shape[2], k.shape[2]):
+        if fused:
+            gs, qg, og, seg_lse = (t[:, :, qs:qe] for t in (grad, q, out, lse))
+            kg, vg = k[:, :, ks:ke], v[:, :, ks:ke]
+            found = fused_attention_backward(gs, qg, kg, vg, og, seg_lse, causal, scale, window)
+            for total, part, (start, end) in zip(grads, found, ((qs, qe), (ks, ke), (ks, ke))):
+                total[:, :, start:end] += part
+            continue
         qg, gg, og = (_grouped(t[:, :, qs:qe].to(dtype), kv_heads) for t in (q, grad, out))
         kg, vg = k[:, :, ks:ke].to(dtype), v[:, :, ks:ke].to(dtype)
         seg_lse = _grouped(lse[:, :, qs:qe].unsqueeze(-1), kv_heads)
@@ -139,7 +165,7 @@ def attention_backward(
             weight = (sinks.to(dtype).view(1, kv_heads, -1, 1, 1) - seg_lse).exp()
             sink_grad += -(weight * delta).sum((0, 3, 4)).flatten()
     sink_dtype = q.dtype if sinks is None else sinks.dtype
-    dq, dk, dv = (g.to(t.dtype) for g, t in zip(grads, (q, k, v)))
+    dq, dk, dv = (_laid_out(g.to(t.dtype)) for g, t in zip(grads, (q, k, v)))
     return dq, dk, dv, sink_grad.to(sink_dtype)
 
 
@@ -156,7 +182,7 @@ def _attention_backward_fake(
     sinks: Tensor | None,
     *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
+    dq, dk, dv = (_empty_output(t, t) for t in (q, k, v))
     return dq, dk, dv, q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
 
 
