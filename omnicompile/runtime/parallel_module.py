@@ -16,6 +16,7 @@ from omnicompile.lowering.host_program import is_host_input
 from omnicompile.passes.rank_program import ParamSpec
 from omnicompile.runtime.agreement import step_agreement
 from omnicompile.runtime.budget import Budget
+from omnicompile.runtime.dropout_keys import ForwardSeed
 from omnicompile.runtime.engine import LABELS, Engine, LoadedProgram, batch_signature
 from omnicompile.runtime.parameters import ParameterStore, add_parameter, clip_grad_norm
 
@@ -113,7 +114,8 @@ class ParallelModule(nn.Module):
 
     def forward(self, **batch: Any) -> Output:
         batch = self._with_labels(batch)
-        loaded, values = self._prepare(batch, logits=False)
+        seed = ForwardSeed(self.engine.mesh.control)
+        loaded, values = self._prepare(batch, False, seed)
         call = _Call(self, loaded, values, self._window)
         params = list(self.store.local.values())
         if torch.is_grad_enabled():
@@ -121,14 +123,16 @@ class ParallelModule(nn.Module):
         else:
             loss = self.engine.reduce_loss(loaded.run(values, self.store.local)[0])
         versions = sum(p._version for p in params)
-        return Output(loss, lambda: self._logits(batch, versions))
+        return Output(loss, lambda: self._logits(batch, versions, seed))
 
     def _with_labels(self, batch: dict[str, Any]) -> dict[str, Any]:
         if batch.get(LABELS) is None and "input_ids" in batch and not torch.is_grad_enabled():
             return batch | {LABELS: batch["input_ids"]}
         return batch
 
-    def _prepare(self, batch: Mapping[str, Any], logits: bool) -> tuple[LoadedProgram, dict[str, Tensor]]:
+    def _prepare(
+        self, batch: Mapping[str, Any], logits: bool, seed: ForwardSeed
+    ) -> tuple[LoadedProgram, dict[str, Tensor]]:
         """The program for this batch and its inputs, after all ranks have agreed on them."""
         engine = self.engine
         count, values, error, signature = 0, {}, None, ""
@@ -146,13 +150,13 @@ class ParallelModule(nn.Module):
         targets = total if self._window.targets is None else self._window.targets
         for name in loaded.count_names:
             values[name] = torch.tensor(float(targets), dtype=torch.float32).to(engine.mesh.device)
-        return loaded, values
+        return loaded, values | seed.keys(loaded.program, engine.mesh.device)
 
-    def _logits(self, batch: Mapping[str, Any], versions: int) -> Tensor:
+    def _logits(self, batch: Mapping[str, Any], versions: int, seed: ForwardSeed) -> Tensor:
         if sum(p._version for p in self.store.local.values()) != versions:
             raise InputError("logits are computed when asked for, and the parameters have changed since this forward")
         with torch.no_grad():
-            loaded, values = self._prepare(batch, logits=True)
+            loaded, values = self._prepare(batch, True, seed)
             return self.engine.whole_output(loaded, 1, loaded.run(values, self.store.local)[1])
 
     def count_targets(self, batches: Sequence[Mapping[str, Any]]) -> int:
