@@ -1,14 +1,15 @@
 """Bytes alive at every node of a graph, by walking it once.
 
-A tensor's memory lives from the node that makes it to the last use of any view of it. Inputs live all the time, since
-the caller holds them. While a node runs, what it reads and what it makes are both alive; temporaries inside a kernel
+A tensor's memory lives from the node that makes it to the last use of any view of it; what a collective reads lives until
+it is waited for. Inputs live all the time, since the caller holds them. While a node runs, what it reads and what it makes are both alive; temporaries inside a kernel
 are not seen. Equal to what torch's MemTracker measures when the graph is run.
 """
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import sympy
@@ -74,10 +75,12 @@ def tensor_bytes(value: object, rows: Rows) -> int:
         return 0
     if all(isinstance(size, int) for size in value.shape):
         return int(value.untyped_storage().nbytes())
-    count = value.element_size()
-    for size in value.shape:
-        count *= size if isinstance(size, int) else _known(size, rows)
-    return count
+    return value.element_size() * elements(value.shape, rows)
+
+
+def elements(shape: Sequence[int | torch.SymInt], rows: Rows) -> int:
+    """Number of elements of a tensor of this shape. Raises ValueError as `tensor_bytes` does."""
+    return math.prod(size if isinstance(size, int) else _known(size, rows) for size in shape)
 
 
 def _known(size: torch.SymInt, rows: Rows) -> int:
@@ -99,6 +102,12 @@ def peak_bytes(gm: fx.GraphModule, rows: Rows | None = None) -> Peak:
     return walk.run()
 
 
+def launch_of(wait: fx.Node) -> fx.Node:
+    """The collective that is waited for."""
+    source = wait.all_input_nodes[0]
+    return source.all_input_nodes[0] if source.target is operator.getitem else source
+
+
 class _Walk:
     """One pass over a graph. `live`: storages alive, by the node that owns them."""
 
@@ -116,6 +125,9 @@ class _Walk:
         for index, node in enumerate(self.nodes):
             for item in (node, *node.all_input_nodes):
                 last[storage_of(item)] = index
+            if node.target is _WAIT:  # a collective reads its inputs until it has ended
+                for item in launch_of(node).all_input_nodes:
+                    last[storage_of(item)] = index
         frees: dict[int, list[fx.Node]] = {}
         for owner, index in last.items():
             if owner not in self.inputs:

@@ -7,6 +7,7 @@ priced kernel by kernel. Nothing of the planner is used.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -24,7 +25,7 @@ from omnicompile.lowering.full_size import full_program
 from omnicompile.lowering.step_graph import trace_step
 from omnicompile.lowering.tiny import Batch
 from omnicompile.passes import lower_forward
-from omnicompile.passes.liveness import Rows, balanced_rows, peak_bytes, tensor_bytes
+from omnicompile.passes.liveness import Rows, balanced_rows, launch_of, peak_bytes, storages_bytes, tensor_bytes
 from omnicompile.passes.rank_program import GROUP_PREFIX, RankProgram, group_ranks
 from omnicompile.plan import Mesh, Plan
 
@@ -34,7 +35,9 @@ _aten = torch.ops.aten
 _WAIT = _c10d.wait_tensor.default
 _COLLECTIVES = {
     _c10d.all_gather_into_tensor.default: "all_gather",
+    _c10d.all_gather_into_tensor_coalesced.default: "all_gather",
     _c10d.reduce_scatter_tensor.default: "reduce_scatter",
+    _c10d.reduce_scatter_tensor_coalesced.default: "reduce_scatter",
     _c10d.all_reduce.default: "all_reduce",
     _c10d.all_to_all_single.default: "all_to_all",
 }
@@ -93,9 +96,7 @@ def _axes(node: fx.Node) -> str:
 
 def _volume(node: fx.Node, rows: Rows) -> int:
     """Bytes of the whole tensor that is gathered, scattered or reduced; of an all-to-all one rank's buffer."""
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    return max(tensor_bytes(node.meta["val"], rows), tensor_bytes(source.meta["val"], rows))
+    return max(tensor_bytes(node.meta["val"], rows), storages_bytes(node.all_input_nodes, rows))
 
 
 def _counted(graph: fx.Graph, rows: Rows) -> dict[tuple[str, str], tuple[int, int]]:
@@ -123,10 +124,7 @@ class _Prices:
             if node.target in _COLLECTIVES:
                 made += self._collective(node)
             elif node.target is _WAIT:
-                source = node.args[0]
-                assert isinstance(source, fx.Node)
-                if source.target in _COLLECTIVES:
-                    made.append(Task(node.name, COMPUTE, 0.0, "wait", after=(Dep(source.name),)))
+                made.append(Task(node.name, COMPUTE, 0.0, "wait", after=(Dep(launch_of(node).name),)))
             elif (seconds := self._seconds(node)) > 0:
                 made.append(Task(node.name, COMPUTE, seconds, _kind(node), str(node.meta.get("block", ""))))
         return made
@@ -140,7 +138,7 @@ class _Prices:
         return [ready, Task(node.name, channel(len(ranks), local), seconds, kind, after=(Dep(ready.name),))]
 
     def _seconds(self, node: fx.Node) -> float:
-        if is_view(node) or not isinstance(node.meta.get("val"), Tensor | tuple | list):
+        if is_view(node) or node.target is operator.getitem or not isinstance(node.meta.get("val"), Tensor | tuple | list):
             return 0.0
         if node.target in _PRODUCTS:
             return self._product(node)

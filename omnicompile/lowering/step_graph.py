@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from omnicompile.errors import LoweringError
+from omnicompile.passes.overlap import last_unit, overlap_pass
 from omnicompile.passes.rank_program import RankProgram
 from omnicompile.passes.recompute import recompute_pass
 from omnicompile.passes.segments import FORWARD, is_forward
@@ -78,8 +79,10 @@ def trace_step(program: RankProgram) -> StepGraph:
     recomputed = sum(layer.again for layer in recompute_pass(gm, program.blocks))
     keeps = {name for name, block in program.blocks.items() if not block.reshard}
     freed = {n.name for n in nodes if n.name in program.params and n.meta.get("block") not in keeps}
-    gathers = gather_again(gm, freed)
-    return StepGraph(gm, tuple(nodes[i].name for i in used), gathers, recomputed)
+    gathers = gather_again(gm, freed - last_unit(gm))
+    gradients = tuple(nodes[i].name for i in used)
+    overlap_pass(gm, gradients)
+    return StepGraph(gm, gradients, gathers, recomputed)
 
 
 def _local_fake(program: RankProgram, node: fx.Node, mode: FakeTensorMode) -> Tensor:
