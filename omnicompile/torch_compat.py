@@ -63,6 +63,18 @@ def outside_tracing() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def as_in_eager() -> Iterator[None]:
+    """While active, torch says that nothing is being exported or compiled, so that a model that asks takes the same
+    branches in an export as in an ordinary run."""
+    before = torch.compiler._is_compiling_flag, torch.compiler._is_exporting_flag
+    torch.compiler._is_compiling_flag = torch.compiler._is_exporting_flag = False
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag, torch.compiler._is_exporting_flag = before
+
+
 def trace_pre_dispatch(func: Callable[..., Any], args: list[torch.Tensor]) -> fx.GraphModule:
     """`func(*args)` as a functional graph of pre-dispatch operators, in which `linear` and attention stay whole.
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from omnicompile.anchors import attention as _attention  # noqa: F401  (defines the operator)
 from omnicompile.anchors import experts as _experts  # noqa: F401
+from omnicompile.anchors.masks import anchor_mask
 
 # Hugging Face hands cu_seqlens to an attention function only if its name says that it is a flash one.
 ATTENTION_NAME = "omnicompile_flash"
@@ -45,8 +46,12 @@ def attention_forward(
     # Part of Hugging Face's contract: an attention module without `is_causal` is causal.
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     causal = causal and query.shape[2] > 1
+    if query.shape[0] == 1 < key.shape[0]:  # learned queries, one set for all: a matrix product would broadcast them
+        query = query.expand(key.shape[0], -1, -1, -1)
     if attention_mask is not None:
-        return _masked(query, key, value, attention_mask, scale), None
+        if dropout:
+            raise NotImplementedError("attention dropout beside an attention mask is not supported: set it to 0")
+        return _masked(query, key, value, attention_mask, scale, softcap, s_aux), None
     if dropout:
         raise NotImplementedError("attention dropout is not supported by the attention anchor: set it to 0")
     out, _lse = torch.ops.omnicompile.attention(
@@ -71,12 +76,43 @@ def planning_attention_forward(*args: Any, dropout: float = 0.0, **kwargs: Any) 
     return attention_forward(*args, **kwargs)
 
 
-def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """A mask that the model made itself is kept: torch's own attention takes it."""
+def _masked(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """A mask that the model made itself is kept: torch's own attention takes it, but no soft cap and no sinks."""
+    if softcap or sinks is not None:
+        return _plain_attention(query, key, value, mask, scale, softcap, sinks).transpose(1, 2).contiguous()
     out = F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
     )
     return out.transpose(1, 2).contiguous()
+
+
+def _plain_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
+) -> Tensor:
+    """Attention by ordinary operators, softmax in float32 at least. mask: boolean (True where seen) or added."""
+    group = query.shape[1] // key.shape[1]
+    if group > 1:
+        key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
+    scores = torch.matmul(query, key.transpose(2, 3)) * scale
+    if softcap:
+        scores = torch.tanh(scores / softcap) * softcap
+    lowest = torch.finfo(scores.dtype).min
+    scores = scores.masked_fill(mask.logical_not(), lowest) if mask.dtype == torch.bool else scores + mask
+    exact = torch.promote_types(scores.dtype, torch.float32)
+    if sinks is not None:
+        column = sinks.reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
+        weights = torch.cat([scores, column.to(scores.dtype)], dim=-1).softmax(-1, dtype=exact)[..., :-1]
+    else:
+        weights = scores.softmax(-1, dtype=exact)
+    return torch.matmul(weights.to(query.dtype), value)
 
 
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -137,12 +173,17 @@ def _plain_experts_anchored(model: nn.Module) -> Iterator[None]:
 
 
 def register() -> None:
-    """Make the anchors known to transformers, through its public registries. May be called again."""
+    """Make the anchors known to transformers, through its public registries. May be called again.
+
+    Under the planning name no mask is made: attention is priced as the kernel that it runs with.
+    """
+    from transformers import AttentionMaskInterface
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, attention_forward)
     ALL_ATTENTION_FUNCTIONS.register(PLANNING_ATTENTION_NAME, planning_attention_forward)
+    AttentionMaskInterface.register(ATTENTION_NAME, anchor_mask)
     ALL_EXPERTS_FUNCTIONS.register(EXPERTS_NAME, experts_forward)
 
 
@@ -150,29 +191,23 @@ def register() -> None:
 def anchored(model: nn.Module, planning: bool = False) -> Iterator[None]:
     """While active, every Hugging Face module in `model` computes attention and experts through the anchors.
 
-    planning: the graph is only priced, so attention dropout is left out instead of refused, and experts that the
-    registry does not know are priced by their kernels.
+    A model class that says that it does not work with flash attention (it makes masks of its own, or computes attention
+    itself) keeps the attention that it has, and gets the masks that go with it.
+
+    planning: the graph is only priced, so attention dropout is left out instead of refused, every attention that goes
+    through the registry is priced as a flash kernel, and experts that the registry does not know are priced by their
+    kernels.
 
     The name is set on the configurations after construction, because constructing a model with a flash attention name
     looks for a hub kernel; and it is taken back at the end, so that the caller's model is left as it was.
     """
-    from transformers import PretrainedConfig
-
     register()
-    configs: dict[int, Any] = {}
-
-    def collect(config: Any) -> None:
-        if isinstance(config, PretrainedConfig) and id(config) not in configs:
-            configs[id(config)] = config
-            for child in vars(config).values():
-                collect(child)
-
-    for module in model.modules():
-        collect(module.__dict__.get("config"))
-    before = [(c, c._attn_implementation_internal, c._experts_implementation_internal) for c in configs.values()]
+    configs = _configurations(model)
+    before = [(c, c._attn_implementation_internal, c._experts_implementation_internal) for c, _ in configs]
     try:
-        for config in configs.values():
-            config._attn_implementation_internal = PLANNING_ATTENTION_NAME if planning else ATTENTION_NAME
+        for config, flash in configs:
+            if flash or planning:
+                config._attn_implementation_internal = PLANNING_ATTENTION_NAME if planning else ATTENTION_NAME
             config._experts_implementation_internal = EXPERTS_NAME
         with _plain_experts_anchored(model) if planning else contextlib.nullcontext():
             yield
@@ -180,3 +215,31 @@ def anchored(model: nn.Module, planning: bool = False) -> Iterator[None]:
         for config, attn, experts in before:
             config._attn_implementation_internal = attn
             config._experts_implementation_internal = experts
+
+
+def _configurations(model: nn.Module) -> list[tuple[Any, bool]]:
+    """The model's configurations, and whether every model class that uses one works with flash attention. One that no
+    module holds goes by the one that it is part of."""
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    found: dict[int, tuple[Any, bool]] = {}
+
+    def visit(module: nn.Module, flash: bool) -> None:
+        if isinstance(module, PreTrainedModel):
+            flash = bool(type(module)._supports_flash_attn)
+        config = module.__dict__.get("config")
+        if isinstance(config, PretrainedConfig):
+            found[id(config)] = config, flash and found.get(id(config), (config, True))[1]
+        for child in module.children():
+            visit(child, flash)
+
+    def collect(config: Any, flash: bool) -> None:
+        for child in vars(config).values():
+            if isinstance(child, PretrainedConfig) and id(child) not in found:
+                found[id(child)] = child, flash
+                collect(child, flash)
+
+    visit(model, True)
+    for config, flash in list(found.values()):
+        collect(config, flash)
+    return list(found.values())

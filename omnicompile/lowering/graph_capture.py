@@ -20,7 +20,7 @@ from omnicompile.errors import CaptureError, InputError
 from omnicompile.lowering.cleanup import clean
 from omnicompile.lowering.crossing import CrossingMode
 from omnicompile.lowering.host_program import HostProgram, fake_copy, fit, is_host_input
-from omnicompile.torch_compat import new_fake_mode
+from omnicompile.torch_compat import as_in_eager, new_fake_mode
 
 DEFAULT_SEGMENTS = 64
 
@@ -82,7 +82,8 @@ class _Forward(nn.Module):
 
     def forward(self, inputs: dict[str, Tensor], host: list[Tensor]) -> tuple[Tensor, ...]:
         self._mode.inputs = host
-        return tuple(find_outputs(self.model(**inputs, **self._fixed)).values())
+        with as_in_eager():
+            return tuple(find_outputs(self.model(**inputs, **self._fixed)).values())
 
 
 def find_outputs(output: Any) -> dict[str, Tensor]:

@@ -1,0 +1,79 @@
+"""Which attention masks the attention operator stands for, and which a model must hand to it.
+
+Hugging Face builds a mask for an attention implementation by a function registered under its name. A name without one
+gets no mask at all: images that see each other both ways, chunks, packed or left-padded rows would all be lost.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from omnicompile.torch_compat import is_plain_host_tensor, outside_tracing
+
+
+def anchor_mask(
+    *,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Tensor],
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
+    **rest: Any,
+) -> Tensor | None:
+    """The signature of Hugging Face's mask functions. None where the attention operator's own causal, window and
+    bidirectional masks say the same, else the boolean mask [batch, 1, q_length, kv_length], True where a key is seen.
+
+    Padding at the end of a row needs no mask under causal attention: no real token sees it.
+    """
+    from transformers.masking_utils import sdpa_mask
+
+    causal = allow_is_causal_skip and q_length == kv_length and q_offset == kv_offset
+    bidirectional = allow_is_bidirectional_skip and local_size is None
+    window = local_size is None or kv_length < local_size or _slides(mask_function, local_size, kv_length)
+    if causal and window and _unpadded(attention_mask, at_the_end=True):
+        return None
+    if bidirectional and _unpadded(attention_mask, at_the_end=False):
+        return None
+    # A pattern of the model's own is written for one element, and vectorized in a way that tracing does not follow.
+    with outside_tracing() if rest.get("use_vmap") else contextlib.nullcontext():
+        return sdpa_mask(
+            q_length=q_length,
+            kv_length=kv_length,
+            q_offset=q_offset,
+            kv_offset=kv_offset,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            local_size=local_size,
+            allow_is_causal_skip=False,
+            allow_is_bidirectional_skip=False,
+            **rest,
+        )
+
+
+def _unpadded(mask: Tensor | None, at_the_end: bool) -> bool:
+    """Whether no key is padding; at_the_end: or all of it follows the real keys. mask: [batch, keys], True if real."""
+    if mask is None:
+        return True
+    if mask.dim() != 2 or not is_plain_host_tensor(mask):
+        return False
+    if at_the_end:
+        return bool((mask[:, 1:] <= mask[:, :-1]).all()) and bool(mask[:, 0].all())
+    return bool(mask.all())
+
+
+def _slides(mask_function: Callable[..., Tensor], window: int, keys: int) -> bool:
+    """Whether a local pattern is a sliding window: the query after the first `window` keys sees the `window` keys up to
+    itself. (A chunked one starts anew there.)"""
+    key = torch.arange(keys)
+    zero = torch.zeros(1, dtype=torch.long)
+    seen = mask_function(zero, zero, torch.full((1,), window), key)
+    return bool((seen == ((key > 0) & (key <= window))).all())
