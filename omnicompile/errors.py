@@ -34,3 +34,7 @@ class LoweringError(OmniCompileError):
 
 class VerificationError(OmniCompileError):
     """A rewritten program that does not equal the single-process one."""
+
+
+class RankError(OmniCompileError):
+    """Another rank has died, failed or left while this one waited for it."""

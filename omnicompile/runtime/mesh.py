@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -12,19 +13,25 @@ from torch.distributed.device_mesh import DeviceMesh
 from omnicompile.errors import InputError, PlanError
 from omnicompile.passes.rank_program import axis_coordinate, axis_size, group_ranks
 from omnicompile.plan import Mesh
+from omnicompile.runtime.watch import Watch
+
+TIMEOUT = 600.0
 
 
 @dataclass
 class RuntimeMesh:
     """This process's place in the mesh, and its process group for every axes string (see passes/rank_program).
 
-    control: a gloo group of all ranks for small host-side exchanges, which never wait for a device.
+    control: a gloo group of all ranks for small host-side exchanges, which never wait for a device. watch: over the
+    other ranks. timeout: of a collective, in seconds.
     """
 
     mesh: Mesh
     rank: int
     device: torch.device
     control: dist.ProcessGroup
+    watch: Watch
+    timeout: float = TIMEOUT
     groups: dict[str, dist.ProcessGroup] = field(default_factory=dict)
 
     def group(self, axes: str) -> dist.ProcessGroup:
@@ -65,7 +72,7 @@ class RuntimeMesh:
             return dist.group.WORLD
         mine: dist.ProcessGroup | None = None
         for ranks in sorted({group_ranks(self.mesh, axes, rank) for rank in range(world)}):
-            group = dist.new_group(list(ranks))
+            group = dist.new_group(list(ranks), timeout=timedelta(seconds=self.timeout))
             if self.rank in ranks:
                 mine = group
         assert mine is not None
@@ -89,26 +96,34 @@ def pick_device(device_type: str | None) -> torch.device:
     return torch.device("cpu")
 
 
-def start_processes(device_type: str | None) -> torch.device | None:
+def start_processes(device_type: str | None, timeout: float = TIMEOUT) -> torch.device | None:
     """Start torch.distributed under torchrun if nobody has. Returns this process's device, None for a single one."""
     device = pick_device(device_type)
     if not dist.is_initialized():
         if "RANK" not in os.environ:
             return None
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
 
 
-def control_group() -> dist.ProcessGroup:
+def control_group(timeout: float = TIMEOUT) -> dist.ProcessGroup:
     """A group of all ranks for exchanges on the host."""
-    return dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+    return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
 
 
-def build_mesh(mesh: Mesh, device_type: str | None = None) -> RuntimeMesh:
+def start_watch() -> Watch:
+    """All ranks start one together."""
+    store, rank = dist.group.WORLD.get_group_store(), dist.get_rank()
+    number = store.add(f"omnicompile/watches/{rank}", 1)
+    return Watch(dist.PrefixStore(f"omnicompile/watch{number}", store), rank, dist.get_world_size())
+
+
+def build_mesh(mesh: Mesh, device_type: str | None = None, timeout: float = TIMEOUT) -> RuntimeMesh:
     """Set up for the ranks of `mesh`. Raises PlanError when the number of processes is not the mesh's."""
-    device = start_processes(device_type)
+    device = start_processes(device_type, timeout)
     if device is None:
         raise PlanError(
             f"the plan is for {mesh.world} processes, and this is a single one: start it with "
@@ -120,4 +135,6 @@ def build_mesh(mesh: Mesh, device_type: str | None = None) -> RuntimeMesh:
             f"the plan is for {mesh.world} processes, and there are {world}: start `torchrun --nproc-per-node "
             f"{mesh.world}`, or plan for {world} GPUs"
         )
-    return RuntimeMesh(mesh, dist.get_rank(), device, control_group())
+    watch = start_watch()
+    with watch.guard("parallelize"):
+        return RuntimeMesh(mesh, dist.get_rank(), device, control_group(timeout), watch, timeout)

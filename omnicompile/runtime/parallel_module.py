@@ -82,14 +82,21 @@ class _Step(torch.autograd.Function):
         module: ParallelModule = ctx.call.module
         if ctx.grads is None and ctx.local is None:
             raise RuntimeError("backward a second time: the graph's tensors have been freed")
-        if ctx.grads is None:
-            trained = {name: leaf for name, leaf in zip(module.store.local, ctx.leaves) if leaf.requires_grad}
-            found = torch.autograd.grad(ctx.local, list(trained.values()), seed.to(ctx.local.dtype), allow_unused=True)
-            grads = dict(zip(trained, found))
-        else:
-            grads = {name: grad.mul_(seed.to(grad.dtype)) for name, grad in ctx.grads.items()}
-        ctx.local = ctx.grads = None
-        return None, *module.reduce_gradients([grads.get(name) for name in module.store.local], ctx.call.window)
+        with module._watch.guard("the backward"):
+            return None, *module.reduce_gradients(_gradients(ctx, seed), ctx.call.window)
+
+
+def _gradients(ctx: Any, seed: Tensor) -> list[Tensor | None]:
+    """Of every local shard, before any sum that the program leaves to the runtime; frees what they are made of."""
+    store: ParameterStore = ctx.call.module.store
+    if ctx.grads is None:
+        trained = {name: leaf for name, leaf in zip(store.local, ctx.leaves) if leaf.requires_grad}
+        found = torch.autograd.grad(ctx.local, list(trained.values()), seed.to(ctx.local.dtype), allow_unused=True)
+        grads: dict[str, Tensor | None] = dict(zip(trained, found))
+    else:
+        grads = {name: grad.mul_(seed.to(grad.dtype)) for name, grad in ctx.grads.items()}
+    ctx.local = ctx.grads = None
+    return [grads.get(name) for name in store.local]
 
 
 class ParallelModule(nn.Module):
@@ -109,19 +116,20 @@ class ParallelModule(nn.Module):
         self.store.fill(full)
         for name, parameter in self.store.local.items():
             add_parameter(self, name, parameter)
+        self._watch = engine.mesh.watch
         self._window = Window()
         self._pending: dict[str, Tensor] = {}
 
     def forward(self, **batch: Any) -> Output:
         batch = self._with_labels(batch)
-        seed = ForwardSeed(self.engine.mesh.control)
-        loaded, values = self._prepare(batch, False, seed)
-        call = _Call(self, loaded, values, self._window)
         params = list(self.store.local.values())
-        if torch.is_grad_enabled():
-            loss = _Step.apply(call, *params)
-        else:
-            loss = self.engine.reduce_loss(loaded.run(values, self.store.local)[0])
+        seed = ForwardSeed(self.engine.mesh.control)
+        with self._watch.guard("the forward", step=True):
+            loaded, values = self._prepare(batch, False, seed)
+            if torch.is_grad_enabled():
+                loss = _Step.apply(_Call(self, loaded, values, self._window), *params)
+            else:
+                loss = self.engine.reduce_loss(loaded.run(values, self.store.local)[0])
         versions = sum(p._version for p in params)
         return Output(loss, lambda: self._logits(batch, versions, seed))
 
@@ -155,21 +163,25 @@ class ParallelModule(nn.Module):
     def _logits(self, batch: Mapping[str, Any], versions: int, seed: ForwardSeed) -> Tensor:
         if sum(p._version for p in self.store.local.values()) != versions:
             raise InputError("logits are computed when asked for, and the parameters have changed since this forward")
-        with torch.no_grad():
+        with torch.no_grad(), self._watch.guard("the logits"):
             loaded, values = self._prepare(batch, True, seed)
             return self.engine.whole_output(loaded, 1, loaded.run(values, self.store.local)[1])
 
     def count_targets(self, batches: Sequence[Mapping[str, Any]]) -> int:
         """Target tokens of these micro-batches over all ranks: `targets` of an accumulation window (a collective)."""
-        count = 0
-        for given in batches:
-            batch = self.budget.fill(to_host(given))
-            capture = self.engine.capture(batch, batch_signature(batch, self.training))
-            if capture.targets is not None:
-                count += capture.targets.count(capture.inputs.prepare(batch))
-        total = torch.tensor([count], dtype=torch.int64)
-        dist.all_reduce(total, group=self.engine.mesh.control)
-        return int(total.item()) // self.engine.mesh.mesh.sp
+        count, error = 0, None
+        try:
+            count = sum(map(self._count_targets, batches))
+        except Exception as failure:
+            error = failure
+        mesh = self.engine.mesh
+        with self._watch.guard("count_targets"):
+            return step_agreement(count, "", error, mesh.control) // mesh.mesh.sp
+
+    def _count_targets(self, given: Mapping[str, Any]) -> int:
+        batch = self.budget.fill(to_host(given))
+        capture = self.engine.capture(batch, batch_signature(batch, self.training))
+        return 0 if capture.targets is None else capture.targets.count(capture.inputs.prepare(batch))
 
     @contextlib.contextmanager
     def accumulate(self, last: bool, targets: int | None = None) -> Iterator[None]:
@@ -214,7 +226,8 @@ class ParallelModule(nn.Module):
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """As torch.nn.utils.clip_grad_norm_, over the parameters of all ranks. Returns the norm before clipping."""
-        return clip_grad_norm(self.store, max_norm)
+        with self._watch.guard("clip_grad_norm_"):
+            return clip_grad_norm(self.store, max_norm)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Whole-shape DTensors by the model's own names."""
@@ -222,7 +235,8 @@ class ParallelModule(nn.Module):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Values as `state_dict` gives them, or whole tensors."""
-        self.store.load(state_dict, strict)
+        with self._watch.guard("load_state_dict"):
+            self.store.load(state_dict, strict)
         return torch.nn.modules.module._IncompatibleKeys([], [])
 
     def full_gradient(self, name: str) -> Tensor | None:

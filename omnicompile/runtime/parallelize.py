@@ -16,11 +16,11 @@ from omnicompile.errors import InputError, OmniCompileError, PlanError
 from omnicompile.lowering.driver import Lower, default_lower
 from omnicompile.lowering.graph_capture import DEFAULT_SEGMENTS
 from omnicompile.plan import Plan
-from omnicompile.runtime.agreement import require_same
+from omnicompile.runtime.agreement import installed_versions, model_structure, require_same, weight_samples
 from omnicompile.runtime.backends import BACKENDS
 from omnicompile.runtime.budget import Budget
 from omnicompile.runtime.engine import Engine, batch_signature
-from omnicompile.runtime.mesh import build_mesh, control_group, pick_device, start_processes
+from omnicompile.runtime.mesh import TIMEOUT, RuntimeMesh, build_mesh, control_group, pick_device, start_processes
 from omnicompile.runtime.parallel_module import ParallelModule, to_host
 from omnicompile.runtime.plain_module import PlainModule
 from omnicompile.runtime.weights import materialized, on_meta
@@ -38,6 +38,7 @@ def parallelize(
     segments: int = DEFAULT_SEGMENTS,
     seed: int = 0,
     lower: Lower = default_lower,
+    timeout: float = TIMEOUT,
 ) -> ParallelModule | PlainModule:
     """Distribute `model` under `plan` over the processes that torchrun started.
 
@@ -47,34 +48,52 @@ def parallelize(
     example_batch: a batch of the budget that training batches have; its values do not matter. backend: "inductor" (None
     on GPUs) compiles forward and backward as one graph, "step" (None on CPUs) runs that graph as it is, "torch.compile"
     hands the rewritten forward to torch.compile, "eager" runs it under autograd. master_dtype: of stored parameters.
-    segments: most images or windows in a batch.
+    segments: most images or windows in a batch. timeout: seconds that a rank waits for the others in a collective.
 
     Raises PlanError when the processes do not fit the plan, LoweringError when the plan cannot be executed or ranks
-    disagree, CaptureError when the model cannot be traced.
+    disagree, CaptureError when the model cannot be traced, RankError when another rank has died or failed.
     """
     device = pick_device(device_type)
     backend = backend or ("inductor" if device.type == "cuda" else "step")
     if backend not in BACKENDS:
         raise InputError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if plan is None and _processes() > 1:
-        plan = _plan_together(model, device_type, example_batch)
+        plan = _plan_together(model, device_type, example_batch, timeout)
     if plan is not None and (unsupported := not_executable(plan)):
         raise PlanError(f"the plan asks for what cannot be executed yet: {'; '.join(unsupported)}")
     if plan is None or plan.mesh.world == _processes() == 1:
         return PlainModule((materialized(model, seed) if on_meta(model) else model).to(device))
     if example_batch is None:
         raise InputError("give parallelize an example_batch of the budget that training batches are padded to")
-    mesh = build_mesh(plan.mesh, device_type)
+    mesh = build_mesh(plan.mesh, device_type, timeout)
+    with mesh.watch.guard("parallelize"):
+        return _distributed(model, plan, mesh, example_batch, backend, master_dtype, segments, seed, lower)
+
+
+def _distributed(
+    model: nn.Module,
+    plan: Plan,
+    mesh: RuntimeMesh,
+    example_batch: Mapping[str, Any],
+    backend: str,
+    master_dtype: torch.dtype,
+    segments: int,
+    seed: int,
+    lower: Lower,
+) -> ParallelModule:
+    batch = to_host(example_batch)
     facts = {
         "plan": str(_plan_lines(plan)),
-        "model": "\n".join(f"{n} {tuple(p.shape)} {p.dtype} {p.requires_grad}" for n, p in model.named_parameters()),
-        "backend": backend,
+        "versions": installed_versions(),
+        "model": model_structure(model),
+        "options": f"backend {backend}\nmaster_dtype {master_dtype}\nsegments {segments}\nseed {seed}",
+        "shapes of the example batch": batch_signature(batch, model.training),
+        "weights": weight_samples(model),
     }
     require_same(facts, mesh.control)
     if on_meta(model):
         model = materialized(model, seed)
     engine = Engine(model, plan, mesh, lower, BACKENDS[backend], master_dtype, segments)
-    batch = to_host(example_batch)
     loaded = engine.program(batch, batch_signature(batch, model.training), logits=False)
     budget = Budget.of(model, batch)
     module = ParallelModule(engine, loaded.program.params, dict(model.named_parameters(remove_duplicate=False)), budget)
@@ -85,11 +104,13 @@ def _processes() -> int:
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _plan_together(model: nn.Module, device_type: str | None, example: Mapping[str, Any] | None) -> Plan:
+def _plan_together(
+    model: nn.Module, device_type: str | None, example: Mapping[str, Any] | None, timeout: float
+) -> Plan:
     """The planner's choice for the processes at hand, made on rank 0 for all."""
     if example is None:
         raise InputError("give parallelize an example_batch of the budget that training batches are padded to")
-    device = start_processes(device_type)
+    device = start_processes(device_type, timeout)
     assert device is not None
     found: list[Any] = [None]
     if dist.get_rank() == 0:
@@ -97,7 +118,7 @@ def _plan_together(model: nn.Module, device_type: str | None, example: Mapping[s
             found[0] = omnicompile.plan(model, _cluster(device), _workload(example))
         except OmniCompileError as error:
             found[0] = error
-    dist.broadcast_object_list(found, src=0, group=control_group())
+    dist.broadcast_object_list(found, src=0, group=control_group(timeout))
     if isinstance(found[0], OmniCompileError):
         raise found[0]
     return found[0]
