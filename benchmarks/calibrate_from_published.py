@@ -28,6 +28,7 @@ from omnicompile.cost_model.kernels import attention_seconds, gemm_seconds, grou
 ROOT = Path(__file__).resolve().parent
 YAML = ROOT.parent / "cost_model" / "hardware"
 Machines = dict[str, Hardware]
+MEASURED_ELEMENTS = 16384 * 2048.0  # the FlashAttention papers: 16k tokens, hidden size 2048
 FA3_BACKWARD_OVER_FA2 = 1.65  # the FlashAttention-3 paper states 1.5 to 1.75
 MAMF = {"a100": 271.2 / 312, "a100pcie": 252.9 / 312, "h100": 794.5 / 989, "b200": 1745 / 2250}
 MAMF_FP8 = {"h100": 1402.6 / 1979, "b200": 3432.5 / 4500}
@@ -163,9 +164,9 @@ def _fused(row: dict[str, str]) -> Point:
 
 
 def with_attention(known: Machines, x: Sequence[float]) -> Machines:
-    """x: fractions at 64, 128, 256: FA2 A100 forward; FA2 H100 forward, backward; FA3 forward; then lengths, waves."""
+    """x: fractions at 64, 128, 256: FA2 A100 forward; FA2 H100 forward, backward; FA3 forward; lengths, waves, ramps."""
     a100, fa2, fa2_back, fa3 = (dict(zip((64, 128, 256), x[i : i + 3])) for i in (0, 3, 6, 9))
-    lengths = {"fa2": (x[12], x[13], x[14]), "fa3": (x[15], x[13], x[16])}
+    lengths = {"fa2": (x[12], x[13], x[18], x[14]), "fa3": (x[15], x[13], x[19], x[16])}
     fa3_back = {dim: FA3_BACKWARD_OVER_FA2 * value for dim, value in fa2_back.items()}
     a100_back = {dim: a100[dim] * fa2_back[dim] / fa2[dim] for dim in a100}
     out = {}
@@ -178,7 +179,7 @@ def with_attention(known: Machines, x: Sequence[float]) -> Machines:
         kernels = dict(hw.attention)
         for kernel in kernels.keys() & tables.keys():
             forward, backward, length = tables[kernel]
-            kernels[kernel] = AttentionEfficiency(forward, backward, *lengths[length], x[17])
+            kernels[kernel] = AttentionEfficiency(forward, backward, *lengths[length], x[17], MEASURED_ELEMENTS)
         out[name] = replace(hw, attention=kernels)
     return out
 
@@ -285,8 +286,9 @@ def groups() -> list[Group]:
         ),
         Group(
             "attention", attention_points(), with_attention,
-            (0.68, 0.74, 0.7, 0.35, 0.41, 0.36, 0.31, 0.36, 0.33, 0.55, 0.72, 0.82, 80, 150, 300, 180, 330, 1.2),
-            (0.1,) * 12 + (0.0,) * 6, (1.2,) * 12 + (2000.0,) * 5 + (5.0,),
+            (0.68, 0.74, 0.7, 0.35, 0.41, 0.36, 0.31, 0.36, 0.33, 0.55, 0.72, 0.82)
+            + (80, 150, 300, 180, 330, 1.2, 1.3, 1.5),
+            (0.1,) * 12 + (0.0,) * 6 + (1.0, 1.0), (1.2,) * 12 + (2000.0,) * 5 + (5.0, 3.0, 3.0),
             sole=("Flash", "SimuMax"),
         ),
         Group(

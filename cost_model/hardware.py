@@ -51,16 +51,21 @@ class AttentionEfficiency:
 
     forward_fraction, backward_fraction: of peak for long sequences, by head dim (interpolated).
     forward_length, backward_length: segment length (tokens) at which non-causal attention runs at half of that.
-    causal_length: added to it under a causal mask (masked parts of the diagonal blocks).
+    ramp_power: how steeply it gets there.
+    causal_length: under a causal mask, the length at which masked parts of the diagonal blocks take as long as the rest.
     wave_overhead: waves of thread blocks lost in filling and draining the GPU.
+    measured_elements: q_tokens * heads * head_dim of the largest kernels behind these constants; larger ones are not
+    taken to fill the GPU any better.
     """
 
     forward_fraction: Mapping[int, float] = field(hash=False)
     backward_fraction: Mapping[int, float] = field(hash=False)
     forward_length: float
     backward_length: float
+    ramp_power: float
     causal_length: float
     wave_overhead: float
+    measured_elements: float
 
 
 @dataclass(frozen=True)

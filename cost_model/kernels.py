@@ -68,13 +68,14 @@ def attention_seconds(
     else:
         flops = 2.0 * pairs * heads * (head_dim + v_head_dim)
         fraction, half_length = constants.forward_fraction, constants.forward_length
+    length = pairs / q_tokens
+    ramp = 1.0 + (half_length / length) ** constants.ramp_power
     if causal:
         flops *= 0.5
-        half_length += constants.causal_length
-    blocks = heads * max(1.0, q_tokens / _QUERY_BLOCK)
-    length = pairs / q_tokens
+        ramp += constants.causal_length / length
+    blocks = heads * max(1.0, min(q_tokens, constants.measured_elements / (heads * head_dim)) / _QUERY_BLOCK)
     rate = hw.peak(dtype) * hw.sustained_fraction * _interpolate(fraction, head_dim)
-    seconds = flops / rate * (1.0 + half_length / length) * (1.0 + constants.wave_overhead * hw.sm_count / blocks)
+    seconds = flops / rate * ramp * (1.0 + constants.wave_overhead * hw.sm_count / blocks)
     width = _BYTES.get(hw.dtype_key(dtype), 2)
     nbytes = width * (heads * q_tokens + kv_heads * kv_tokens) * (head_dim + v_head_dim) * (2.0 if backward else 1.0)
     return max(seconds, nbytes / (hw.memory_bandwidth * hw.memory_fraction), hw.kernel_launch_seconds)

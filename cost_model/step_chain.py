@@ -99,7 +99,9 @@ def recompute_indices(numbers: SegmentNumbers, policy: Recompute) -> list[int]:
 def kept_attention(numbers: SegmentNumbers, policy: Recompute) -> dict[int, str]:
     """Index -> name of forward attention that does not run again while what it reads does."""
     again = set(numbers.segment.saved[policy].recompute_ops)
-    if policy is not Recompute.EXCEPT_ATTENTION or again <= set(numbers.segment.saved[Recompute.SELECTIVE].recompute_ops):
+    if policy is not Recompute.EXCEPT_ATTENTION or again <= set(
+        numbers.segment.saved[Recompute.SELECTIVE].recompute_ops
+    ):
         return {}
     return {
         i: numbers.ops[i].op.name

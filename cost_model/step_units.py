@@ -126,8 +126,8 @@ def _again(
     prices: Prices,
     seconds: tuple[float, ...],
 ) -> Chain:
-    """What runs again. Attention whose results are kept takes no time, but what goes into it and what comes out of it is
-    exchanged again: the backward reads both on the other side of the exchange."""
+    """What runs again. Attention whose results are kept takes no time, but what goes into it and what comes out of it
+    is exchanged again: the backward reads both on the other side of the exchange."""
     indices = step_chain.recompute_indices(numbers, policy)
     kept = step_chain.kept_attention(numbers, policy)
     ops, times = step_chain.pick(sorted({*indices, *kept}), numbers, seconds)

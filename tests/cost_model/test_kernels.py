@@ -111,6 +111,20 @@ def test_attention_shapes() -> None:
     assert seconds(pairs=0) == 0
 
 
+def test_attention_longer_than_measured_runs_hardly_faster() -> None:
+    """FlashAttention-3's forward levels off at 646 to 648 TFLOP/s from 8K to 16K tokens (head dim 128, no mask)."""
+    hw = benchmark("h100").with_attention_kernel("fa3")
+
+    def rate(length: float, heads: int) -> float:
+        pairs = length * length
+        return 4.0 * pairs * heads * 128 / attention_seconds(
+            heads, heads, 128, 128, pairs, length, length, False, False, "bf16", hw
+        )  # fmt: skip
+
+    assert rate(16_384, 16) == pytest.approx(648e12, rel=0.05)
+    assert rate(196_608, 28) == pytest.approx(648e12, rel=0.05)
+
+
 def test_memory() -> None:
     hw = load_hardware("h100")
     assert memory_seconds(0, hw) == 0
