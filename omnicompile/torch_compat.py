@@ -16,10 +16,14 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 OpOverload = torch._ops.OpOverload
 
+CompilerBackend = Callable[[fx.GraphModule, list[torch.Tensor]], Callable[..., Any]]
+
 __all__ = [
+    "CompilerBackend",
     "FakeTensor",
     "FakeTensorMode",
     "OpOverload",
+    "compiler_backend",
     "is_autocast_switch",
     "is_grad_switch",
     "is_plain_host_tensor",
@@ -131,6 +135,14 @@ def measured_peak(function: Callable[..., Any], arguments: Sequence[torch.Tensor
     with tracker:
         function(*arguments)
     return sum(kinds["Total"] for kinds in tracker.get_tracker_snapshot("peak").values())
+
+
+def compiler_backend(name: str) -> CompilerBackend:
+    """What torch.compile calls with each graph for `backend=name`."""
+    from torch._dynamo import lookup_backend
+
+    found: CompilerBackend = lookup_backend(name)
+    return found
 
 
 def start_fake_group(world: int) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from omnicompile.torch_compat import (
+    compiler_backend,
     is_plain_host_tensor,
     measured_peak,
     new_fake_mode,
@@ -40,3 +41,15 @@ def test_nodes_can_be_counted_and_taken_while_tracing() -> None:
 
 def test_the_peak_of_a_run_is_measured() -> None:
     assert measured_peak(lambda x: (x + 1).sum(), [torch.zeros(100)]) == 2 * 400 + 4
+
+
+def test_a_compiler_can_be_called_by_its_name() -> None:
+    seen: list[int] = []
+
+    def compile(gm: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
+        seen.append(len(inputs))
+        return compiler_backend("aot_eager")(gm, inputs)
+
+    function = torch.compile(lambda x: x.sin() + 1, backend=compile)
+    assert function(torch.zeros(2)).tolist() == [1.0, 1.0]
+    assert seen == [1]

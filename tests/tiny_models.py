@@ -40,6 +40,17 @@ def vision_language_model(layers: int = 2) -> nn.Module:
     return Qwen2VLForConditionalGeneration(config).float().train()
 
 
+def dense_model(layers: int = 2) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, use_cache=False, tie_word_embeddings=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).float().train()
+
+
 def mixture_model(layers: int = 2, aux: bool = False) -> nn.Module:
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 

@@ -13,12 +13,22 @@ from omnicompile.lowering.regions import compile_regions
 from omnicompile.lowering.step_graph import trace_step
 from omnicompile.passes.dropout import expand_dropout
 from omnicompile.passes.rank_program import RankProgram
+from omnicompile.torch_compat import CompilerBackend, compiler_backend
 
 Function = Callable[..., tuple[Tensor, ...]]
-Compile = Callable[[fx.GraphModule], Function]
 
 
-def run_graph(gm: fx.GraphModule) -> Function:
+@dataclass
+class Compilations:
+    """count: graphs that have been given to a compiler so far, again for other shapes included."""
+
+    count: int = 0
+
+
+Compile = Callable[[fx.GraphModule, Compilations], Function]
+
+
+def run_graph(gm: fx.GraphModule, made: Compilations) -> Function:
     return gm
 
 
@@ -34,19 +44,39 @@ def move_to(gm: fx.GraphModule, device: torch.device) -> fx.GraphModule:
     return gm
 
 
-def step_with(compile: Compile, device: torch.device, program: RankProgram) -> tuple[Function, tuple[str, ...]]:
+def step_with(
+    compile: Compile, device: torch.device, made: Compilations, program: RankProgram
+) -> tuple[Function, tuple[str, ...]]:
     """The step graph of `program` on `device` as a function, and the placeholders whose gradients it gives."""
     step = trace_step(program)
-    return compile(move_to(step.gm, device)), step.gradients
+    return compile(move_to(step.gm, device), made), step.gradients
 
 
-def _inductor(module: fx.GraphModule, dynamic: bool) -> Function:
-    return torch.compile(expand_dropout(module), dynamic=dynamic, fullgraph=True)
+def _counted(name: str, made: Compilations) -> CompilerBackend:
+    """The compiler that torch.compile calls `name`, counting what it is given."""
+    compiler = compiler_backend(name)
+
+    def compile(gm: fx.GraphModule, inputs: list[Tensor]) -> Function:
+        made.count += 1
+        return compiler(gm, inputs)
+
+    return compile
 
 
-def _by_regions(gm: fx.GraphModule) -> Function:
+def _whole(name: str, gm: fx.GraphModule, made: Compilations) -> Function:
+    function: Function = torch.compile(gm, backend=_counted(name, made))
+    return function
+
+
+def _by_regions(gm: fx.GraphModule, made: Compilations) -> Function:
     """Each distinct region of compute between collectives is compiled once, whatever the model's depth."""
-    return compile_regions(gm, _inductor)[0]
+    compiler = _counted("inductor", made)
+
+    def compile(module: fx.GraphModule, dynamic: bool) -> Function:
+        function: Function = torch.compile(expand_dropout(module), backend=compiler, dynamic=dynamic, fullgraph=True)
+        return function
+
+    return compile_regions(gm, compile)[0]
 
 
 @dataclass(frozen=True)
@@ -54,13 +84,13 @@ class Backend:
     """compile: of the forward. make_step: of forward and backward as one graph; None: autograd does the backward."""
 
     compile: Compile
-    make_step: Callable[[torch.device, RankProgram], tuple[Function, tuple[str, ...]]] | None = None
+    make_step: Callable[[torch.device, Compilations, RankProgram], tuple[Function, tuple[str, ...]]] | None = None
 
 
 BACKENDS: Mapping[str, Backend] = {
     "eager": Backend(run_graph),
-    "torch.compile": Backend(torch.compile),
-    "aot_eager": Backend(partial(torch.compile, backend="aot_eager")),
+    "torch.compile": Backend(partial(_whole, "inductor")),
+    "aot_eager": Backend(partial(_whole, "aot_eager")),
     "step": Backend(run_graph, partial(step_with, run_graph)),
     "inductor": Backend(run_graph, partial(step_with, _by_regions)),
 }

@@ -29,7 +29,7 @@ from omnicompile.passes.rank_program import DATA_AXES, RankProgram, bind_groups
 from omnicompile.plan import LossHead, Plan
 from omnicompile.recompute import Recompute
 from omnicompile.runtime.agreement import require_same
-from omnicompile.runtime.backends import Backend, Function, move_to
+from omnicompile.runtime.backends import Backend, Compilations, Function, move_to
 from omnicompile.runtime.mesh import RuntimeMesh
 
 LABELS = "labels"
@@ -108,7 +108,8 @@ def batch_signature(batch: Mapping[str, Any], training: bool) -> str:
 class Engine:
     """Captures and lowers `model` for the batches that come, under one plan on one mesh.
 
-    backend: turns bound graphs into what is called. lower: the passes (tests give their own).
+    backend: turns bound graphs into what is called. lower: the passes (tests give their own). compilations: counts the
+    graphs that were given to a compiler.
     """
 
     def __init__(
@@ -123,6 +124,7 @@ class Engine:
     ) -> None:
         self.model, self.plan, self.mesh = model, plan, mesh
         self._lower, self._backend, self._stored, self._segments = lower, backend, stored, segments
+        self.compilations = Compilations()
         self._captures: dict[str, Capture] = {}
         self._programs: dict[tuple[str, bool], LoadedProgram] = {}
         recomputed = sorted(name for name, block in plan.blocks.items() if block.recompute is not Recompute.NONE)
@@ -170,8 +172,10 @@ class Engine:
         fixed = {name: value.to(self.mesh.device) for name, value in fixed.items()}
         order = tuple(node.name for node in lowered.gm.graph.find_nodes(op="placeholder"))
         device = self.mesh.device
-        forward = self._backend.compile(move_to(lowered.copy().gm, device))
-        make_step = None if self._backend.make_step is None else partial(self._backend.make_step, device)
+        forward = self._backend.compile(move_to(lowered.copy().gm, device), self.compilations)
+        make_step = None
+        if self._backend.make_step is not None:
+            make_step = partial(self._backend.make_step, device, self.compilations)
         return LoadedProgram(lowered, order, fixed, forward, make_step)
 
     def whole_output(self, loaded: LoadedProgram, index: int, value: Tensor) -> Tensor:

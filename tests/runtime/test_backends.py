@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from tiny_models import (
+    dense_model,
     image_batch,
     make_plan,
     mixture_model,
@@ -53,3 +54,25 @@ def test_equal_to_one_process(kind: str, mesh: Mesh, backend: str) -> None:
         for loss, gradient in found:
             assert loss < 1e-5
             assert gradient < 1e-5
+
+
+def compilations(rank: int, world: int, layers: int, backend: str) -> list[int]:
+    """Graphs given to the compiler after each of two training steps."""
+    model, batch = dense_model(layers), text_batch(rank)
+    module: Any = parallelize(model, make_plan(("text",), Mesh(dp_shard=world)), "cpu", batch, backend)
+    assert isinstance(module, ParallelModule)
+    counts = []
+    for _ in range(2):
+        module(**batch).loss.backward()
+        counts.append(module.engine.compilations.count)
+    return counts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("depths", [(2, 8), (2, 32)])
+@pytest.mark.parametrize("backend", ["inductor", "torch.compile"])
+def test_the_number_of_compilations_does_not_grow_with_depth(backend: str, depths: tuple[int, int]) -> None:
+    shallow, deep = (run_ranks(compilations, 2, layers, backend) for layers in depths)
+    assert shallow == deep
+    for first, second in deep:
+        assert 0 < first == second
