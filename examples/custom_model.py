@@ -1,17 +1,18 @@
 """A vision-language model in plain PyTorch, without Hugging Face: a ViT, a projector and a causal decoder (1.25 B).
 
     omnicompile plan examples/custom_model.py --gpus 8
+    omnicompile verify examples/custom_model.py --gpus 8
 
 Nothing in it knows of parallelism. inputs() gives the forward's arguments for one sample; it is needed only where they
-cannot be guessed from the forward's signature.
+cannot be guessed from the forward's signature. tiny() is for `verify`: the same model with small sizes.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-VOCABULARY = 32000
-IMAGE_TOKEN = 31999  # the placeholder in input_ids that the features of a patch replace
+VOCABULARY, TINY_VOCABULARY = 32000, 128
+IMAGE_TOKEN = 0  # the placeholder in input_ids that the features of a patch replace
 IMAGE_SIZE, PATCH = 336, 14
 PATCHES = (IMAGE_SIZE // PATCH) ** 2
 
@@ -58,6 +59,7 @@ class VisionLayer(nn.Module):
 class VisionTower(nn.Module):
     def __init__(self, width: int = 1024, heads: int = 16, depth: int = 24) -> None:
         super().__init__()
+        self.width = width
         self.patches = nn.Conv2d(3, width, PATCH, stride=PATCH)
         self.positions = nn.Parameter(torch.zeros(PATCHES, width))
         self.layers = nn.ModuleList(VisionLayer(width, heads) for _ in range(depth))
@@ -87,16 +89,23 @@ class DecoderLayer(nn.Module):
 
 class VisionLanguageModel(nn.Module):
     def __init__(
-        self, width: int = 2048, heads: int = 16, kv_heads: int = 8, hidden: int = 6144, depth: int = 16
+        self,
+        vision: VisionTower,
+        width: int = 2048,
+        heads: int = 16,
+        kv_heads: int = 8,
+        hidden: int = 6144,
+        depth: int = 16,
+        vocabulary: int = VOCABULARY,
     ) -> None:
         super().__init__()
         self.head_dim = width // heads
-        self.vision = VisionTower()
-        self.projector = nn.Sequential(nn.Linear(1024, width), nn.GELU(), nn.Linear(width, width))
-        self.embedding = nn.Embedding(VOCABULARY, width)
+        self.vision = vision
+        self.projector = nn.Sequential(nn.Linear(vision.width, width), nn.GELU(), nn.Linear(width, width))
+        self.embedding = nn.Embedding(vocabulary, width)
         self.layers = nn.ModuleList(DecoderLayer(width, heads, kv_heads, hidden) for _ in range(depth))
         self.norm = nn.RMSNorm(width)
-        self.head = nn.Linear(width, VOCABULARY, bias=False)
+        self.head = nn.Linear(width, vocabulary, bias=False)
 
     def forward(self, input_ids: Tensor, pixel_values: Tensor, labels: Tensor) -> Tensor:
         """input_ids, labels [batch, tokens]; pixel_values [images, 3, IMAGE_SIZE, IMAGE_SIZE] -> mean loss."""
@@ -117,14 +126,19 @@ class VisionLanguageModel(nn.Module):
 
 
 def build() -> nn.Module:
-    return VisionLanguageModel().to(torch.bfloat16)
+    return VisionLanguageModel(VisionTower()).to(torch.bfloat16)
+
+
+def tiny() -> nn.Module:
+    vision = VisionTower(width=32, heads=4, depth=2)
+    return VisionLanguageModel(vision, 32, heads=4, kv_heads=2, hidden=64, depth=2, vocabulary=TINY_VOCABULARY)
 
 
 def inputs(workload) -> dict[str, Tensor]:
-    """One sample: text with the placeholders of its images, as many of them as fit."""
+    """One sample: text with the placeholders of its images, as many of them as fit; ids that tiny() has too."""
     wanted = 2 if workload.images is None else workload.images
     images = min(wanted, (workload.seq_len - 1) // PATCHES)
-    ids = torch.randint(0, IMAGE_TOKEN, (1, workload.seq_len))
+    ids = torch.randint(1, TINY_VOCABULARY, (1, workload.seq_len))
     ids[:, 1 : 1 + images * PATCHES] = IMAGE_TOKEN
     pixels = torch.zeros(images, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.bfloat16)
     return {"input_ids": ids, "pixel_values": pixels, "labels": ids.masked_fill(ids == IMAGE_TOKEN, -100)}

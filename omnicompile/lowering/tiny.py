@@ -79,7 +79,10 @@ def _own(source: ModelSource, build: Callable[[], nn.Module], dtype: torch.dtype
         except Exception as error:  # of the user's own code, or an operator without this dtype
             failure = error
             continue
-        return TinyModel(model, batch, () if wanted is _DTYPES[0] else ("float32",))
+        size = sum(p.numel() for p in model.parameters())
+        origin = "the file's tiny()" if source.tiny is not None else "the model itself"
+        notes = (origin, f"{size / 1e6:.2g} M parameters", str(wanted).removeprefix("torch."))
+        return TinyModel(model, batch, notes)
     raise InputError(f"the tiny copy of {source.spec} does not run: {_line(failure)}") from failure
 
 
