@@ -39,6 +39,7 @@ class Mender:
             self._image_size(owner, path)
             self._shuffled_width(owner, path)
             self._tower(owner, path)
+            self._fed_width(owner, path)
         self._projected_width()
         self._rotated_part()
         self._placeholders()
@@ -59,6 +60,11 @@ class Mender:
         width = field(encoder, "hidden_size")
         if width is not None and field(projector, "encoder_hidden_size", width) != width:
             self.put(projector, "projector_config.", "encoder_hidden_size", width)
+
+    def _fed_width(self, owner: Any, path: str) -> None:
+        """What an adapter says of the text's width is the text's width."""
+        if field(owner, "text_hidden_size", self.text.hidden_size) != self.text.hidden_size:
+            self.put(owner, path, "text_hidden_size", self.text.hidden_size)
 
     def _layers(self, owner: Any, path: str) -> None:
         """A kind for each layer: full attention; dense first layers, then sparse ones."""

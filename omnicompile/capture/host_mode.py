@@ -14,6 +14,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from omnicompile.capture.wide_masks import WideMasks
 from omnicompile.torch_compat import is_plain_host_tensor, outside_tracing
 
 # Host metadata is a few entries per token; past this many elements a tensor is data, and evaluating it for real (an
@@ -41,6 +42,7 @@ _KEEPS_DATA = frozenset(
         torch.Tensor.contiguous, torch.Tensor.sum, torch.sum,
     }
 )  # fmt: skip
+_ITEMS = frozenset({torch.Tensor.__getitem__, torch.Tensor.__setitem__})
 _EQUALS = frozenset({torch.Tensor.__eq__, torch.Tensor.eq, torch.eq})
 _DIFFERS = frozenset({torch.Tensor.__ne__, torch.Tensor.ne, torch.ne})
 
@@ -67,11 +69,14 @@ def _makes_host_integers(func: Callable[..., Any], args: tuple[Any, ...], kwargs
     return not any(isinstance(leaf, float | complex) for leaf in tree_leaves(args))
 
 
-def _mask_to_indices(index: Any) -> tuple[Any, ...] | None:
-    """`x[mask]` with a host mask as an index of fixed size; None when there is no such mask."""
+def _mask_to_indices(index: Any, shape: torch.Size) -> tuple[Any, ...] | None:
+    """`x[mask]` with a host mask as an index of fixed size, x being of `shape`; None when there is no such mask."""
     parts = index if isinstance(index, tuple) else (index,)
     if not any(is_host(p) and p.dtype == torch.bool for p in parts):
         return None
+    first = parts[0]
+    if is_host(first) and first.dtype == torch.bool and first.shape != shape[: first.dim()]:
+        raise IndexError(f"a mask of shape {list(first.shape)} does not match an indexed tensor of {list(shape)}")
     result: list[Any] = []
     for part in parts:
         if is_host(part) and part.dtype == torch.bool:
@@ -116,6 +121,7 @@ class HostMode(TorchFunctionMode):
     def __init__(self, without_padding: Iterable[torch.Tensor] = ()) -> None:
         super().__init__()
         self._full: dict[int, torch.Tensor] = {id(t): t for t in without_padding}
+        self._wide = WideMasks()
 
     def add_without_padding(self, tensors: Iterable[torch.Tensor]) -> None:
         """Further inputs of which no element is 0."""
@@ -137,6 +143,17 @@ class HostMode(TorchFunctionMode):
         """Run what is not host metadata. Host tensors among the arguments enter the graph as constants here."""
         return func(*args, **kwargs)
 
+    def _rows(self, func: Callable[..., Any], args: tuple[Any, ...], positions: torch.Tensor) -> Any:
+        """`x[mask]` or `x[mask] = value` with a mask that stands for `positions` of x: all elements of those rows."""
+        with outside_tracing():
+            indices = positions.nonzero(as_tuple=True)
+        if func is torch.Tensor.__getitem__:
+            return self.traced(torch.Tensor.flatten, (self.traced(func, (args[0], indices), {}),), {})
+        value = args[2]
+        if isinstance(value, torch.Tensor) and value.dim():
+            value = self.traced(torch.Tensor.reshape, (value, (-1, args[0].shape[-1])), {})
+        return self.traced(func, (args[0], indices, value), {})
+
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -155,12 +172,16 @@ class HostMode(TorchFunctionMode):
             with outside_tracing():
                 result = func(*args, **kwargs)
             self.on_host(args, kwargs, result)
+            self._wide.follow(func, args, kwargs, result)
             return result
-        if func is torch.Tensor.__getitem__ and (indices := _mask_to_indices(args[1])) is not None:
+        if func is torch.Tensor.__getitem__ and (indices := _mask_to_indices(args[1], args[0].shape)) is not None:
             return self.traced(func, (args[0], indices), {})
+        if func in _ITEMS and (positions := self._wide.positions(args[1])) is not None:
+            return self._rows(func, args, positions)
         if self._full and (answer := self._padding(func, args)) is not None:
             return answer
         result = self.traced(func, *_with_numbers(func, args, kwargs))
+        self._wide.follow(func, args, kwargs, result)
         if func in _KEEPS_DATA and id(args[0]) in self._full and isinstance(result, torch.Tensor):
             self.add_without_padding([result])
         return result

@@ -86,3 +86,37 @@ def test_inputs_have_no_padding_and_host_numbers_are_sizes() -> None:
     kwargs = {"inputs": torch.zeros(2, 6, WIDTH), "sizes": torch.tensor([3, 4])}
     traced = trace_forward(SizedAndPadded(), kwargs, {"sizes"})
     assert [tuple(n.meta["val"].shape) for n in products(traced)] == [(3, 4, WIDTH)]
+
+
+class Widened(nn.Module):
+    """Selects rows with a mask of positions that it expands over their width, and writes them back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, inputs, keep):
+        x = inputs.clone()
+        wide = keep[..., None].expand_as(x).to(x.device)
+        rows = self.inner(x[~wide].view(1, -1, WIDTH))
+        x[~wide] = rows.flatten()
+        return x.sum()
+
+
+def test_a_host_mask_expanded_over_the_width_selects_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As wide as features are, such a mask has more elements than metadata has.
+    monkeypatch.setattr("omnicompile.capture.host_mode.MAX_HOST_ELEMENTS", 12)
+    kwargs = {"inputs": torch.zeros(1, 12, WIDTH), "keep": torch.tensor([[True, False, False] * 4])}
+    traced = trace_forward(Widened(), kwargs, {"keep"})
+    assert [n.meta["val"].shape for n in products(traced)] == [(1, 8, WIDTH)]
+
+
+def test_a_host_mask_of_another_shape_is_refused() -> None:
+    kwargs = {"inputs": torch.zeros(1, 12, WIDTH), "lengths": torch.tensor([12]), "keep": torch.ones(1, 7).bool()}
+
+    class Selecting(nn.Module):
+        def forward(self, inputs, lengths, keep):
+            return inputs[keep].sum()
+
+    with pytest.raises(CaptureError, match=r"a mask of shape \[1, 7\] does not match"):
+        trace_forward(Selecting(), kwargs, {"lengths", "keep"})

@@ -132,11 +132,11 @@ def _choose(
     kind = _IMAGE if modality == "image" else _AUDIO
     shortest = min(_PROBE_SEQ_LEN, limits.max_seq_len or _PROBE_SEQ_LEN, seq_len)
 
-    def probe(layout: dict[str, Any], tokens: int, length: int) -> Observation:
+    def probe(layout: dict[str, Any], tokens: int, length: int, retry: bool = False) -> Observation:
         spans = [Span(token, tokens, kind)] * count if token is not None else []
         kwargs = _text_arguments(facts, limits, rows, length, spans, layout, probing=True)
         seen = observe(facts.model, kwargs, _host_names(kwargs), length)
-        if seen.depends_on_values:
+        if seen.depends_on_values or (retry and seen.error is not None):
             seen = observe(facts.model, kwargs, _host_names(kwargs) | TOKEN_IDS, length)
         return seen
 
@@ -148,7 +148,7 @@ def _choose(
         stated = 0 if seen.error is None or token is None else stated_rows(seen.error, 2 * count)
         if stated and stated % count == 0:
             length = shortest + stated
-            again = probe(layouts(length)[number], stated // count, length)
+            again = probe(layouts(length)[number], stated // count, length, retry=True)
             if again.error is None and again.rows in (None, stated):
                 seen = Observation(rows=stated)
         if seen.rows is not None and seen.rows % count:
@@ -230,6 +230,6 @@ def _host_names(kwargs: dict[str, Any]) -> set[str]:
 def _checked_host_names(facts: Facts, kwargs: dict[str, Any], seq_len: int) -> set[str]:
     host = _host_names(kwargs)
     seen = observe(facts.model, kwargs, host, seq_len, whole=True)
-    if seen.depends_on_values and observe(facts.model, kwargs, host | TOKEN_IDS, seq_len, whole=True).error is None:
+    if seen.error is not None and observe(facts.model, kwargs, host | TOKEN_IDS, seq_len, whole=True).error is None:
         return host | TOKEN_IDS
     return host

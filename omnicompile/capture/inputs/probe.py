@@ -56,10 +56,13 @@ def stated_rows(error: Exception, placeholders: int) -> int:
     told = re.search(r"tokens.*features:? *\(?(\d+)", str(error))
     if told is not None:
         return int(told[1])
-    sizes = re.search(r"size of tensor a \((\d+)\) must match the size of tensor b \((\d+)\)", str(error))
+    sizes = re.search(
+        r"size of tensor a \((?P<ours>\d+)\) must match the size of tensor b \((?P<wanted>\d+)\)", str(error)
+    )
+    sizes = sizes or re.search(r"torch.Size\(\[(?P<wanted>\d+)\]\).* broadcastable to \[(?P<ours>\d+)\]", str(error))
     if sizes is None or placeholders == 0:
         return 0
-    ours, wanted = int(sizes[1]), int(sizes[2])
+    ours, wanted = int(sizes["ours"]), int(sizes["wanted"])
     fits = ours % placeholders == 0 and wanted % (ours // placeholders) == 0
     return wanted // (ours // placeholders) if fits else 0
 

@@ -93,4 +93,6 @@ def rope_positions(model: nn.Module, kwargs: dict[str, Any], text: Text) -> Tens
             result = owner.get_rope_index(**given)  # type: ignore[operator]
     except AttributeError:  # the configuration lacks a token id that only this needs: the model's own default serves
         return None
+    except ValueError as error:
+        raise CaptureError(f"{type(owner).__name__}'s own get_rope_index refuses the configuration: {error}") from error
     return result[0] if isinstance(result, tuple) else result
