@@ -31,6 +31,7 @@ from omnicompile.recompute import Recompute
 from omnicompile.runtime.agreement import require_same
 from omnicompile.runtime.backends import Backend, Compilations, Function, move_to
 from omnicompile.runtime.mesh import RuntimeMesh
+from omnicompile.runtime.state import own_buffers
 
 LABELS = "labels"
 
@@ -125,6 +126,7 @@ class Engine:
         self.model, self.plan, self.mesh = model, plan, mesh
         self._lower, self._backend, self._stored, self._segments = lower, backend, stored, segments
         self.compilations = Compilations()
+        self.buffers = own_buffers(model, mesh.device)
         self._captures: dict[str, Capture] = {}
         self._programs: dict[tuple[str, bool], LoadedProgram] = {}
         recomputed = sorted(name for name, block in plan.blocks.items() if block.recompute is not Recompute.NONE)
@@ -161,14 +163,13 @@ class Engine:
 
     def _load(self, lowered: RankProgram, captured: CapturedForward) -> LoadedProgram:
         bind_groups(lowered.gm, self.mesh.names(lowered.groups))
-        buffers = dict(self.model.named_buffers())
         fixed: dict[str, Tensor] = {}
         for placeholder, spec in lowered.inputs.items():
             if spec.kind == "rank":
                 fixed[placeholder] = torch.tensor(self.mesh.coordinate(spec.name), dtype=torch.int64)
             elif spec.kind == "buffer":
                 constant = captured.constants.get(placeholder)
-                fixed[placeholder] = buffers[spec.name] if constant is None else constant
+                fixed[placeholder] = self.buffers[spec.name] if constant is None else constant
         fixed = {name: value.to(self.mesh.device) for name, value in fixed.items()}
         order = tuple(node.name for node in lowered.gm.graph.find_nodes(op="placeholder"))
         device = self.mesh.device

@@ -18,7 +18,9 @@ from omnicompile.runtime.agreement import step_agreement
 from omnicompile.runtime.budget import Budget
 from omnicompile.runtime.dropout_keys import ForwardSeed
 from omnicompile.runtime.engine import LABELS, Engine, LoadedProgram, batch_signature
+from omnicompile.runtime.packing import dealt_values
 from omnicompile.runtime.parameters import ParameterStore, add_parameter, clip_grad_norm
+from omnicompile.runtime.state import State
 
 
 @dataclass
@@ -117,6 +119,7 @@ class ParallelModule(nn.Module):
         for name, parameter in self.store.local.items():
             add_parameter(self, name, parameter)
         self._watch = engine.mesh.watch
+        self._state = State.of(engine.model, self.store, engine.buffers)
         self._window = Window()
         self._pending: dict[str, Tensor] = {}
 
@@ -143,17 +146,22 @@ class ParallelModule(nn.Module):
     ) -> tuple[LoadedProgram, dict[str, Tensor]]:
         """The program for this batch and its inputs, after all ranks have agreed on them."""
         engine = self.engine
-        count, values, error, signature = 0, {}, None, ""
+        count, values, dealt, error, signature = 0, {}, {}, None, ""
         try:
-            batch = self.budget.fill(to_host(batch))
+            filled = self.budget.fill(to_host(batch))
+            batch = filled.batch
             signature = batch_signature(batch, self.training)
             capture = engine.capture(batch, signature)
             values = capture.inputs.prepare(batch)
+            if filled.dealing is not None:
+                dealt = capture.inputs.prepare(self.budget.dealt(filled))
             count = capture.targets.count(values) if capture.targets is not None else 0
         except Exception as failure:
             error = failure
         total = step_agreement(count, signature, error, engine.mesh.control) // engine.mesh.mesh.sp
         loaded = engine.program(batch, signature, logits)
+        if filled.dealing is not None:
+            values |= dealt_values(loaded.program, filled.dealing, dealt)
         values = {name: value.to(engine.mesh.device, non_blocking=True) for name, value in values.items()}
         targets = total if self._window.targets is None else self._window.targets
         for name in loaded.count_names:
@@ -179,7 +187,7 @@ class ParallelModule(nn.Module):
             return step_agreement(count, "", error, mesh.control) // mesh.mesh.sp
 
     def _count_targets(self, given: Mapping[str, Any]) -> int:
-        batch = self.budget.fill(to_host(given))
+        batch = self.budget.fill(to_host(given)).batch
         capture = self.engine.capture(batch, batch_signature(batch, self.training))
         return 0 if capture.targets is None else capture.targets.count(capture.inputs.prepare(batch))
 
@@ -230,14 +238,14 @@ class ParallelModule(nn.Module):
             return clip_grad_norm(self.store, max_norm)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Whole-shape DTensors by the model's own names."""
-        return self.store.state_dict()
+        """Whole-shape DTensors, with the keys of the plain model's state dict."""
+        return self._state.state_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Values as `state_dict` gives them, or whole tensors."""
+        """Values as `state_dict` gives them, or whole tensors, the plain model's state dict for instance."""
         with self._watch.guard("load_state_dict"):
-            self.store.load(state_dict, strict)
-        return torch.nn.modules.module._IncompatibleKeys([], [])
+            missing, unexpected = self._state.load(state_dict, strict)
+        return torch.nn.modules.module._IncompatibleKeys(missing, unexpected)
 
     def full_gradient(self, name: str) -> Tensor | None:
         """The whole gradient of a parameter on every rank (a collective); for checks at small sizes."""

@@ -81,17 +81,9 @@ class ParameterStore:
             sizes[shard.dim] = chunk
         return local
 
-    def load(self, state: Mapping[str, Tensor], strict: bool = True) -> None:
-        """Copy from whole tensors or DTensors by the model's names. Raises InputError naming what does not fit."""
-        missing = [name for name in self.specs if name not in state]
-        extra = [name for name in state if name not in self.specs]
-        if strict and (missing or extra):
-            raise InputError(f"state dict does not fit the model: missing {missing[:5]}, unexpected {extra[:5]}")
-        for name, spec in self.specs.items():
-            if name in state:
-                self._load_one(name, spec, state[name])
-
-    def _load_one(self, name: str, spec: ParamSpec, value: Tensor) -> None:
+    def load_one(self, name: str, value: Tensor) -> None:
+        """Take this rank's shard of a whole tensor or DTensor. Raises InputError where shapes differ."""
+        spec = self.specs[name]
         full = value.full_tensor() if isinstance(value, DTensor) else value
         if tuple(full.shape) != spec.shape:
             raise InputError(f"state dict has {name} of shape {list(full.shape)}, the model {list(spec.shape)}")
