@@ -143,7 +143,8 @@ def is_plain_experts(module: nn.Module) -> bool:
     if arguments != ["hidden_states", "top_k_index", "top_k_weights"] or not callable(getattr(module, "act_fn", None)):
         return False
     up, down = params["gate_up_proj"].shape, params["down_proj"].shape
-    return len(up) == len(down) == 3 and up[0] == down[0] and up[1] == 2 * down[2] and up[2] == down[1]
+    # Choices past the experts that have a second matrix are experts that hand on their input.
+    return len(up) == len(down) == 3 and up[0] >= down[0] and up[1] == 2 * down[2] and up[2] == down[1]
 
 
 def plain_experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -156,16 +157,32 @@ def plain_experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tenso
     else:
         gate, up = both.chunk(2, dim=-1)
         inner = module.act_fn(gate) * up
-    outer = ops.grouped_mm(inner, module.down_proj, counts, False)
+    outer = ops.grouped_mm(inner, module.down_proj, counts[: module.down_proj.shape[0]], False)
     return ops.expert_combine(outer, order, top_k_weights).to(hidden_states.dtype)
+
+
+def is_sorted_experts(module: nn.Module) -> bool:
+    """Whether a module multiplies rows, sorted by expert and as many for each as a list says, with stacked weights
+    [experts, out, in]."""
+    params = dict(module.named_parameters(recurse=False))
+    if set(params) != {"weight"} or params["weight"].dim() != 3 or any(module.children()):
+        return False
+    return list(inspect.signature(type(module).forward).parameters)[1:] == ["inputs", "expert_size"]
+
+
+def sorted_experts_forward(module: Any, inputs: Tensor, expert_size: Any) -> Tensor:
+    """The kernel of `is_sorted_experts` modules, for pricing: which expert gets how many rows is not known."""
+    counts = inputs.new_zeros(module.weight.shape[0], dtype=torch.int64)
+    return torch.ops.omnicompile.grouped_mm(inputs, module.weight, counts, False)
 
 
 @contextlib.contextmanager
 def _plain_experts_anchored(model: nn.Module) -> Iterator[None]:
-    found = [module for module in model.modules() if is_plain_experts(module)]
+    found = [module for module in model.modules() if is_plain_experts(module) or is_sorted_experts(module)]
     try:
         for module in found:
-            module.forward = functools.partial(plain_experts_forward, module)
+            priced = plain_experts_forward if is_plain_experts(module) else sorted_experts_forward
+            module.forward = functools.partial(priced, module)
         yield
     finally:
         for module in found:

@@ -171,7 +171,9 @@ class Annotator:
 
     def _experts(self) -> ExpertsShape:
         """The routed layer that this segment holds (its first, should it hold several)."""
-        dispatch = next(n for n in self.joint.forward if n.target is omni.expert_dispatch.default)
+        dispatch = next((n for n in self.joint.forward if n.target is omni.expert_dispatch.default), None)
+        if dispatch is None:
+            return self._sorted_experts()
         combine_input = next(n for n in self.joint.forward if n.target is omni.expert_combine.default)
         index = dispatch.args[1]
         assert isinstance(index, fx.Node) and isinstance(dispatch.args[0], fx.Node)
@@ -185,6 +187,21 @@ class Annotator:
             hidden=hidden,
             intermediate=down.meta["val"].shape[1],
             tokens=self.reader.dim(tokens),
+        )
+
+    def _sorted_experts(self) -> ExpertsShape:
+        """Of a model that sorts its tokens by expert itself: each token as often as its rows outnumber the tokens."""
+        products = [n for n in self.joint.forward if n.target is omni.grouped_mm.default]
+        (first, weight), last = products[0].args[:2], products[-1].args[0]
+        assert isinstance(first, fx.Node) and isinstance(weight, fx.Node) and isinstance(last, fx.Node)
+        rows = self.reader.dim(first.meta["val"].shape[0])
+        top_k = max(1, int(rows.as_coeff_Mul()[0]))
+        return ExpertsShape(
+            experts=weight.meta["val"].shape[0],
+            top_k=top_k,
+            hidden=first.meta["val"].shape[1],
+            intermediate=last.meta["val"].shape[1],
+            tokens=rows / top_k,
         )
 
 
