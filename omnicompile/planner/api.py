@@ -13,6 +13,7 @@ from omnicompile.cost_model.step_model import StepModel
 from omnicompile.errors import InfeasibleError, PlanError
 from omnicompile.plan import Mesh, Plan
 from omnicompile.planner.explain import infeasible_message, why_lost, with_notes
+from omnicompile.planner.leaner import leaner_note
 from omnicompile.planner.pins import Pins, parse_pins
 from omnicompile.planner.predict import predict
 from omnicompile.planner.solver import Solver
@@ -80,7 +81,10 @@ def plan_program(
     solution = search.solver.solve(top, progress)
     if not solution.best:
         raise search.infeasible()
+    leaner = leaner_note(solution.best[0], search.solver.model, search.space.pins)
     plans = [with_notes(plan, search.space.refused) for plan in solution.best]
+    if leaner:
+        plans[0] = replace(plans[0], notes=(*plans[0].notes, leaner))
     lost = ["", *(why_lost(plan, plans[0]) for plan in plans[1:])]
     seconds = {"plan": time.perf_counter() - started}
     return PlanResult(plans, program, solution.explored, seconds, lost, solution.simulated, search.space.refused)

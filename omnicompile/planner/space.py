@@ -22,7 +22,7 @@ from omnicompile.planner.rules import (
     mesh_refusal,
 )
 from omnicompile.program import Program, Recompute
-from omnicompile.support import block_not_executable
+from omnicompile.support import block_on_request
 from omnicompile.workload import Workload
 
 
@@ -146,7 +146,7 @@ class Space:
     def _considered(self, block: str, plan: BlockPlan) -> bool:
         """False for a plan that cannot be executed yet and that nobody asked for."""
         pinned = self.pins.blocks.get(block, {})
-        return self.priced or all(key.partition("=")[0] in pinned for key in block_not_executable(plan))
+        return self.priced or all(key.partition("=")[0] in pinned for key in block_on_request(plan))
 
     def _pins_allow(self, block: str, plan: BlockPlan) -> bool:
         pinned = {k: v for k, v in self.pins.blocks.get(block, {}).items() if k != "sharding"}
