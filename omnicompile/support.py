@@ -26,6 +26,13 @@ def block_not_executable(block: BlockPlan) -> dict[str, str]:
     found = {}
     if block.offload:
         found["offload=false"] = "activations in host memory"
+    return found
+
+
+def block_on_request(block: BlockPlan) -> dict[str, str]:
+    """By the pin that avoids it, what of a block's choices is only planned when asked for: what cannot be executed, and
+    what runs but not with every batch of the budget."""
+    found = block_not_executable(block)
     if block.layout is Layout.IMAGES and block.sp > 1:
-        found["layout=sequence"] = "whole images dealt out to ranks"
+        found["layout=sequence"] = "whole images dealt out to ranks, with room on each for those of every batch"
     return found

@@ -8,6 +8,7 @@ from omnicompile.passes.data_mean import insert_data_mean_pass
 from omnicompile.passes.dropout import replace_dropout_pass
 from omnicompile.passes.expert_parallel import insert_expert_parallel_pass
 from omnicompile.passes.functional import remove_mutation_pass
+from omnicompile.passes.image_order import order_images_pass
 from omnicompile.passes.loss import normalise_loss_pass
 from omnicompile.passes.manager import Pass, run_passes
 from omnicompile.passes.parameters import shard_parameters_pass
@@ -35,10 +36,11 @@ FORWARD_PASSES: tuple[Pass, ...] = (
         provides=frozenset({"global-means"}),
         excludes=frozenset({"sequence"}),
     ),
+    Pass("image-order", order_images_pass, provides=frozenset({"image-order"}), excludes=frozenset({"sequence"})),
     Pass(
         "sequence-parallel",
         insert_sequence_parallel_pass,
-        requires=frozenset({"global-loss", "global-means", "keyed-dropout"}),
+        requires=frozenset({"global-loss", "global-means", "keyed-dropout", "image-order"}),
         provides=frozenset({"sequence"}),
         excludes=frozenset({"experts", "parameters"}),
     ),

@@ -65,6 +65,8 @@ def rank_values(program: RankProgram, whole: WholeValue, one_batch: bool = False
         if item.kind == "rank":
             same = one_batch and item.name == BATCH_AXES
             pieces = [torch.tensor(0 if same else axis_coordinate(mesh, item.name, r)) for r in range(mesh.world)]
+        elif item.kind == "order":
+            pieces = [torch.arange(int(item.name)) for _ in range(mesh.world)]
         elif item.kind == "dropout":
             site = int(item.name)
             pieces = [site_keys(SIMULATED_SEED, site + 1)[-1] for _ in range(mesh.world)]

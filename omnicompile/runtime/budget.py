@@ -4,6 +4,9 @@ What is missing is filled by a padding segment at the end of the last row: text 
 placeholder tokens. Attention is causal and images attend to themselves only, so nothing before the padding sees it, and
 its labels are ignored: it changes neither the loss nor a gradient. So every rank runs the same graph, and issues the
 same collectives, also when its batch has no image at all.
+
+Where whole images are dealt out to the ranks of a group (layout "images"), each of them has an equal part of the
+patches, and one dummy image for what is missing from it.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from torch import Tensor, nn
 
 from omnicompile.capture.inputs.facts import Facts, first_value, placeholder_id
 from omnicompile.errors import CaptureError, InputError
+from omnicompile.runtime.packing import Dealing, pack, with_spans
 
 IGNORE = -100
 _PIXELS, _GRID, _KINDS = "pixel_values", "image_grid_thw", "mm_token_type_ids"
@@ -49,15 +53,26 @@ class PackedImages:
 
 
 @dataclass(frozen=True)
+class Filled:
+    """A batch at the size of the budget. dealing: which images the ranks of a group work on; None where none are dealt
+    out."""
+
+    batch: dict[str, Any]
+    dealing: Dealing | None = None
+
+
+@dataclass(frozen=True)
 class Budget:
-    """What every micro-batch is filled up to. length: tokens per row. images: None without packed images."""
+    """What every micro-batch is filled up to. length: tokens per row. images: None without packed images. ranks: that
+    whole images are dealt out to."""
 
     length: int | None
     images: PackedImages | None
+    ranks: int = 1
 
     @staticmethod
-    def of(model: nn.Module, example: Mapping[str, Any]) -> Budget:
-        """The budget that `example` has."""
+    def of(model: nn.Module, example: Mapping[str, Any], ranks: int = 1) -> Budget:
+        """The budget that `example` has. Raises InputError where its patches cannot be dealt out to `ranks` ranks."""
         ids = example.get("input_ids")
         length = ids.shape[1] if isinstance(ids, Tensor) and ids.dim() == 2 else None
         pixels = example.get(_PIXELS)
@@ -69,15 +84,23 @@ class Budget:
         if merge is None or token is None:
             raise CaptureError("the configuration names no image placeholder token, so batches cannot be filled up")
         kinds = example[_KINDS].dtype if _KINDS in example else torch.int64
-        return Budget(length, PackedImages(pixels.shape[0], pixels.shape[1], int(merge), token, pixels.dtype, kinds))
+        unit = ranks * int(merge) ** 2
+        if pixels.shape[0] % unit:
+            raise InputError(
+                f"layout 'images' over sp={ranks} deals out patches in parts that are multiples of {int(merge) ** 2}, "
+                f"but the budget has {pixels.shape[0]}: make it {-(-pixels.shape[0] // unit) * unit}"
+            )
+        images = PackedImages(pixels.shape[0], pixels.shape[1], int(merge), token, pixels.dtype, kinds)
+        return Budget(length, images, ranks)
 
-    def fill(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """`batch` at the size of the budget. Raises InputError when it is larger, or leaves no room for the padding."""
+    def fill(self, batch: Mapping[str, Any]) -> Filled:
+        """`batch` at the size of the budget. Raises InputError when it is larger, leaves no room for the padding, or
+        has images that cannot be dealt out."""
         filled = dict(batch)
         _check_mask(filled.get("attention_mask"))
         ids = filled.get("input_ids")
         if self.length is None or not isinstance(ids, Tensor):
-            return filled
+            return Filled(filled)
         missing = 0 if self.images is None else self.images.patches - _rows(filled.get(_PIXELS))
         room = self.length - ids.shape[1]
         if room < 0 or missing < 0:
@@ -87,9 +110,42 @@ class Budget:
             )
         if room:
             self._fill_text(filled, room)
-        if missing and self.images is not None:
-            _fill_images(filled, self.images, missing, room)
-        return filled
+        if self.images is None:
+            return Filled(filled)
+        if self.ranks == 1:
+            _fill_images(filled, self.images, [missing] if missing else [], room)
+            return Filled(filled)
+        return self._deal(filled, self.images, room)
+
+    def _deal(self, batch: dict[str, Any], images: PackedImages, room: int) -> Filled:
+        """Fill up each rank's part."""
+        grid = batch.get(_GRID)
+        sizes = [] if grid is None else grid.prod(-1).tolist()
+        capacity = images.patches // self.ranks
+        by_rank = pack(sizes, self.ranks, capacity)
+        if by_rank is None:
+            largest = max(sizes)
+            why = f"one has {largest}" if largest > capacity else f"they have {', '.join(map(str, sizes))}"
+            raise InputError(
+                f"layout 'images' deals whole images out to {self.ranks} ranks with room for {capacity} patches each, "
+                f"but the images of this batch do not fit ({why}): plan a larger budget of patches, or use layout "
+                "'sequence'"
+            )
+        missing = [capacity - sum(sizes[image] for image in mine) for mine in by_rank]
+        dummies = iter(range(len(sizes), len(sizes) + self.ranks))
+        by_rank = [[*mine, next(dummies)] if short else mine for mine, short in zip(by_rank, missing)]
+        missing = [short for short in missing if short]
+        _fill_images(batch, images, missing, room)
+        return Filled(batch, Dealing.of(by_rank, [*sizes, *missing]))
+
+    def dealt(self, filled: Filled) -> dict[str, Any]:
+        """The batch as the encoder takes it: images in the order of the ranks that work on them."""
+        assert filled.dealing is not None and self.images is not None
+        batch = filled.dealing.dealt(filled.batch, _PIXELS, _GRID)
+        if _KINDS not in batch:
+            return batch
+        lengths = [self.images.tokens(filled.dealing.sizes[image]) for image in filled.dealing.order]
+        return with_spans(batch, lengths, "input_ids", _KINDS, self.images.token)
 
     def _fill_text(self, batch: dict[str, Any], room: int) -> None:
         """Lengthen everything that runs along the tokens."""
@@ -110,30 +166,36 @@ def _rows(value: Any) -> int:
     return value.shape[0] if isinstance(value, Tensor) else 0
 
 
-def _fill_images(batch: dict[str, Any], images: PackedImages, missing: int, room: int) -> None:
-    """One dummy image at the end of the last row, where `room` padding tokens already are."""
-    tokens = images.tokens(missing)
-    if tokens + 1 > room:
+def _fill_images(batch: dict[str, Any], images: PackedImages, missing: list[int], room: int) -> None:
+    """Dummy images of `missing` patches at the end of the last row, where `room` padding tokens already are; one
+    padding token before each."""
+    counts = [images.tokens(patches) for patches in missing]
+    if not missing:
+        return
+    if sum(counts) + len(counts) > room:
+        parts = "" if len(missing) == 1 else f" in {len(missing)} parts"
         raise InputError(
-            f"{missing} patches of the budget are left, whose {tokens} dummy tokens do not fit into the {room} tokens "
-            f"left: leave room for one token for every {images.merge**2} patches that are missing, and one more"
+            f"{sum(missing)} patches of the budget are left{parts}, whose {sum(counts)} dummy tokens do not fit into "
+            f"the {room} tokens left: leave room for one token for every {images.merge**2} patches that are missing, "
+            f"and {'one' if len(missing) == 1 else len(missing)} more"
         )
-    height, width = images.dummy_grid(missing)
-    grid = torch.tensor([[1, height, width]], dtype=torch.int64)
-    pixels = torch.zeros(missing, images.width, dtype=images.dtype)
-    batch[_GRID] = torch.cat([batch[_GRID].cpu(), grid]) if batch.get(_GRID) is not None else grid
+    grids = torch.tensor([[1, *images.dummy_grid(patches)] for patches in missing], dtype=torch.int64)
+    pixels = torch.zeros(sum(missing), images.width, dtype=images.dtype)
+    batch[_GRID] = torch.cat([batch[_GRID].cpu(), grids]) if batch.get(_GRID) is not None else grids
     have = batch.get(_PIXELS)
     batch[_PIXELS] = pixels if have is None else torch.cat([have, pixels.to(have.device, have.dtype)])
-    batch["input_ids"] = _with_tail(batch["input_ids"], tokens, images.token)
+    batch["input_ids"] = _with_tail(batch["input_ids"], counts, images.token)
     kinds = batch.get(_KINDS)
     kinds = torch.zeros_like(batch["input_ids"], dtype=images.kinds_dtype) if kinds is None else kinds
-    batch[_KINDS] = _with_tail(kinds, tokens, 1)
+    batch[_KINDS] = _with_tail(kinds, counts, 1)
 
 
-def _with_tail(value: Tensor, count: int, fill: int) -> Tensor:
-    """The last `count` values of the last row set to `fill`."""
-    value = value.clone()
-    value[-1, value.shape[1] - count :] = fill
+def _with_tail(value: Tensor, counts: list[int], fill: int) -> Tensor:
+    """The last values of the last row set to `fill`, in runs of `counts` with one left alone between them."""
+    value, end = value.clone(), value.shape[1]
+    for count in reversed(counts):
+        value[-1, end - count : end] = fill
+        end -= count + 1
     return value
 
 

@@ -20,8 +20,8 @@ from omnicompile.runtime.agreement import installed_versions, model_structure, r
 from omnicompile.runtime.backends import BACKENDS
 from omnicompile.runtime.budget import Budget
 from omnicompile.runtime.engine import Engine, batch_signature
-from omnicompile.runtime.packing import image_ranks, needs_dealing
 from omnicompile.runtime.mesh import TIMEOUT, RuntimeMesh, build_mesh, control_group, pick_device, start_processes
+from omnicompile.runtime.packing import image_ranks, needs_dealing
 from omnicompile.runtime.parallel_module import ParallelModule, to_host
 from omnicompile.runtime.plain_module import PlainModule
 from omnicompile.runtime.state import specs_of_all
@@ -96,8 +96,10 @@ def _distributed(
     if on_meta(model):
         model = materialized(model, seed)
     engine = Engine(model, plan, mesh, lower, BACKENDS[backend], master_dtype, segments)
-    loaded = engine.program(batch, batch_signature(batch, model.training), logits=False)
     budget = Budget.of(model, batch, image_ranks(plan))
+    loaded = engine.program(batch, batch_signature(batch, model.training), logits=False)
+    if needs_dealing(loaded.program) and budget.images is None:
+        raise PlanError("layout 'images' needs the sizes of images in `image_grid_thw`: use layout 'sequence'")
     specs = specs_of_all(model, loaded.program.params, master_dtype)
     module = ParallelModule(engine, specs, dict(model.named_parameters()), budget)
     return module.train(model.training)

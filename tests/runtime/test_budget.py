@@ -17,7 +17,7 @@ def test_a_filled_batch_has_the_budget_s_size_and_the_same_loss(grids: list[tupl
     model = vision_language_model()
     budget = Budget.of(model, image_batch(0, FULL))
     batch = text_batch(5, 38) if grids is None else image_batch(5, grids, 40)
-    filled = budget.fill(batch)
+    filled = budget.fill(batch).batch
     assert filled["input_ids"].shape == (1, 64) and filled["pixel_values"].shape[0] == 96
     assert int(filled["image_grid_thw"].prod(1).sum()) == 96
     assert int((filled["input_ids"] == IMAGE).sum()) == 24
