@@ -2,9 +2,11 @@
 
 Goes over every class of transformers' multimodal-LM and image-text-to-text mappings and every causal LM whose default
 configuration has experts. Stages: build (on the meta device), inputs, forward (fake, to a scalar loss), capture, plan.
-Some default configurations cannot run in any framework: no placeholder token ids, a vision tower wider than the text
-that it feeds. A class that fails as it is, is tried again with such fields mended by general rules, and
-counted apart (mended_defaults.py).
+Some default configurations cannot run in any framework: a vision tower wider than the text that it feeds, no layer
+types. A class that fails as it is, is tried again with such fields mended by general rules, and counted apart
+(mended_defaults.py). A class without a forward of its own is planned by its first part that has one, and counted so.
+Why a class is not planned as it is, is told apart by tests and not by opinion: transformers itself cannot build it; or
+the same code plans it once fields are mended; anything else is this project's.
 Prints how many succeed, with the reason for each that does not; writes benchmarks/results/coverage.json and .md.
 
     python benchmarks/coverage.py [--until forward|capture|plan] [--only NAME ... | --failed] [--jobs 2]
@@ -26,7 +28,7 @@ import subprocess
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -48,7 +50,8 @@ class Outcome:
     """What became of one class. failed: the stage that failed, "" if all went well. seconds: per stage that ran.
     mended: fields of the default configuration that were changed, and reason_as_is: why it failed without. commit:
     the code that it was made with. until: the last stage that was asked for. gpus: the number
-    of H100 that it was planned on."""
+    of H100 that it was planned on. build_error: why transformers cannot build the class at its default configuration,
+    "" if it can. part: the class that was planned in its place. notes: what the capture itself filled in."""
 
     name: str
     group: str
@@ -60,6 +63,19 @@ class Outcome:
     commit: str = ""
     until: str = ""
     gpus: int = 0
+    build_error: str = ""
+    part: str = ""
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def cause(self) -> str:
+        """Why the class is not planned at its default configuration as it is; "" if it is."""
+        if not self.failed and not self.mended:
+            return ""
+        if self.build_error:
+            needed = self.build_error.startswith("ImportError")
+            return "needs a package that is not installed" if needed else "transformers cannot build it"
+        return "its fields contradict each other" if not self.failed else "this project"
 
 
 def classes() -> list[tuple[str, str]]:
@@ -105,19 +121,37 @@ def _request(model: Any) -> Any:
     )
 
 
-def _build(name: str, config: Any = None) -> Any:
+def _class_to_plan(name: str) -> tuple[Any, Any]:
+    """The class and its default configuration, or those of its part that has a forward."""
+    import transformers
+
+    from omnicompile.capture.config_source import with_forward
+
+    kind = getattr(transformers, name)
+    return with_forward(kind, kind.config_class(), name)
+
+
+def _build(kind: Any, config: Any) -> Any:
     import torch
+
+    with torch.device("meta"):
+        return kind(config).to(torch.bfloat16)
+
+
+def _own_build_error(name: str) -> str:
+    """Why transformers cannot build the class at its default configuration; "" if it can."""
     import transformers
 
     kind = getattr(transformers, name)
-    with torch.device("meta"):
-        return kind(kind.config_class() if config is None else config).to(torch.bfloat16)
+    try:
+        _build(kind, kind.config_class())
+    except Exception as error:
+        return _line(error)
+    return ""
 
 
-def mend(name: str) -> tuple[Any, list[str]]:
-    import transformers
-
-    return mended_defaults.mend(getattr(transformers, name))
+def _line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def _forward(model: Any, inputs: Any) -> None:
@@ -158,30 +192,36 @@ def _plan(program: Any) -> int:
 
 def attempt(name: str, group: str, until: str) -> Outcome:
     """Run one class through the stages, in this process: as it is, and if that fails, mended."""
-    outcome = _attempt(name, group, until, None)
+    try:
+        kind, config = _class_to_plan(name)
+    except Exception as error:
+        return Outcome(name, group, "build", _line(error), build_error=_own_build_error(name))
+    outcome = _attempt(name, group, until, kind, config)
+    if outcome.failed or kind.__name__ != name:
+        outcome.build_error = _own_build_error(name)
     if not outcome.failed:
         return outcome
     try:
-        config, changed = mend(name)
+        config, changed = mended_defaults.mend(kind)
     except Exception:  # the default configuration cannot even be looked at
         return outcome
     if not changed:
         return outcome
-    second = _attempt(name, group, until, config)
-    second.mended, second.reason_as_is = changed, outcome.reason
+    second = _attempt(name, group, until, kind, config)
+    second.mended, second.reason_as_is, second.build_error = changed, outcome.reason, outcome.build_error
     if second.failed:
         outcome.reason += f" (with {', '.join(changed)}: {second.failed}: {second.reason})"
         return outcome
     return second
 
 
-def _attempt(name: str, group: str, until: str, config: Any) -> Outcome:
+def _attempt(name: str, group: str, until: str, kind: Any, config: Any) -> Outcome:
     from omnicompile.capture.inputs import make_inputs
 
-    outcome = Outcome(name, group)
+    outcome = Outcome(name, group, part="" if kind.__name__ == name else kind.__name__)
     made: dict[str, Any] = {}
     steps = {
-        "build": lambda: _build(name, config),
+        "build": lambda: _build(kind, config),
         "inputs": lambda: make_inputs(made["build"], _request(made["build"])),
         "forward": lambda: _forward(made["build"], made["inputs"]),
         "capture": lambda: _capture(made["build"], name),
@@ -196,12 +236,12 @@ def _attempt(name: str, group: str, until: str, config: Any) -> Outcome:
         try:
             made[stage] = steps[stage]()
         except Exception as error:  # every reason is a result
-            outcome.failed = stage
-            outcome.reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            outcome.failed, outcome.reason = stage, _line(error)
         outcome.seconds[stage] = round(time.perf_counter() - start, 2)
         if outcome.failed:
             break
     outcome.gpus = made.get("plan", 0)
+    outcome.notes = list(made["capture"].notes) if "capture" in made else []
     return outcome
 
 
@@ -299,43 +339,74 @@ def _store(outcomes: dict[str, Outcome], until: str) -> str:
 
 
 def report(outcomes: list[Outcome], until: str) -> str:
-    """Markdown: counts per group, then each class that failed with its reason."""
+    """Markdown: counts, by group and by cause; then each class that failed, was mended or had something filled in."""
     import torch
     import transformers
 
     good = [o for o in outcomes if not o.failed and o.until == until]
     as_is = [o for o in good if not o.mended]
+    built = [o for o in outcomes if not o.build_error]
+    of_built = [o for o in good if not o.build_error]
     total = max(1, len(outcomes))
     lines = [
         f"# Coverage up to `{until}`: {len(good)} of {len(outcomes)} classes ({len(good) / total:.0%})",
         "",
         f"{len(as_is)} ({len(as_is) / total:.0%}) with the default configuration as it is, {len(good) - len(as_is)} "
         "with fields mended that keep the default configuration from running (last table).",
+        f"Of the {len(built)} classes that transformers builds at their default configuration: {len(of_built)} "
+        f"({len(of_built) / max(1, len(built)):.0%}), {sum(not o.mended for o in of_built)} of them as it is.",
+        f"Of all that succeed, {sum(bool(o.notes) for o in good)} had a placeholder id or an image size filled in by the "
+        f"capture, and {sum(bool(o.part) for o in good)} are planned by a part (both in the table before the last).",
         "",
         f"transformers {transformers.__version__}, torch {torch.__version__}, made by "
         f"`python benchmarks/coverage.py --until {until}` "
         f"at commits {', '.join(sorted({o.commit for o in outcomes}))}; + marks uncommitted changes of files.",
-        "",
-        "| group | classes | succeed | of these as is |",
-        "|---|---|---|---|",
+        *_counts(outcomes, good, as_is),
+        *_table(
+            ("class", "fails at", "cause", "reason"),
+            [
+                (o.name, o.failed, o.cause, o.reason) if o.failed else (o.name, "", "", "not run up to this stage")
+                for o in sorted(outcomes, key=lambda o: (o.cause, o.failed, o.name))
+                if o.failed or o.until != until
+            ],
+        ),
     ]
-    for group, count in Counter(o.group for o in outcomes).items():
-        of_group = [sum(o.group == group for o in some) for some in (good, as_is)]
-        lines.append(f"| {group} | {count} | {of_group[0]} | {of_group[1]} |")
-    lines += ["", "| class | fails at | reason |", "|---|---|---|"]
-    for o in sorted(outcomes, key=lambda o: (o.failed, o.name)):
-        if o.until != until and not o.failed:
-            lines.append(f"| {o.name} | | not run up to this stage |")
-        elif o.failed:
-            lines.append(f"| {o.name} | {o.failed} | {o.reason.replace('|', '/')} |")
     larger = [f"{o.name} ({o.gpus})" for o in good if o.gpus > GPUS[0]]
     if larger:
         lines += ["", f"Planned on more than {GPUS[0]} H100, which they do not fit on: {', '.join(larger)}."]
-    lines += ["", "| class | mended | as it is |", "|---|---|---|"]
-    for o in sorted(good, key=lambda o: o.name):
-        if o.mended:
-            lines.append(f"| {o.name} | {', '.join(o.mended)} | {o.reason_as_is.replace('|', '/')} |")
+    filled = [(o.name, _filled(o)) for o in good if o.part or o.notes]
+    lines += _table(("class", "what was planned"), filled)
+    lines += _table(
+        ("class", "mended", "cause", "as it is"),
+        [(o.name, ", ".join(o.mended), o.cause, o.reason_as_is) for o in good if o.mended],
+    )
     return "\n".join(lines) + "\n"
+
+
+def _counts(outcomes: list[Outcome], good: list[Outcome], as_is: list[Outcome]) -> list[str]:
+    groups = [
+        (group, count, *(sum(o.group == group for o in some) for some in (good, as_is)))
+        for group, count in Counter(o.group for o in outcomes).items()
+    ]
+    causes = Counter(o.cause for o in outcomes if o.cause)
+    mended = Counter(o.cause for o in good if o.mended)
+    return [
+        *_table(("group", "classes", "succeed", "of these as is"), groups),
+        *_table(
+            ("why not as it is", "classes", "of these planned with fields mended"),
+            [(cause, count, mended[cause]) for cause, count in sorted(causes.items())],
+        ),
+    ]
+
+
+def _filled(outcome: Outcome) -> str:
+    part = [f"its part {outcome.part}, as the class has no forward of its own"] if outcome.part else []
+    return "; ".join([*part, *outcome.notes])
+
+
+def _table(header: tuple[str, ...], rows: Sequence[tuple[Any, ...]]) -> list[str]:
+    lines = ["", "| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    return lines + ["| " + " | ".join(str(cell).replace("|", "/") for cell in row) + " |" for row in rows]
 
 
 def main() -> None:
@@ -369,7 +440,7 @@ def main() -> None:
 
     todo = [(name, group) for name, group in everything if wanted(name)]
     if len(todo) > options.jobs:
-        _attempt(*everything[0], options.until, None)  # what a first capture imports is there when processes fork
+        attempt(*everything[0], options.until)  # what a first capture imports is there when processes fork
     run_all(todo, options.until, options.jobs, (options.timeout, int(options.memory * 2**30)), done)
     print(_store(outcomes, options.until))
 

@@ -63,8 +63,6 @@ def build(data: Mapping[str, Any], file: Path) -> torch.nn.Module:
 def resolve(data: Mapping[str, Any], file: Path) -> tuple[type[PreTrainedModel], PretrainedConfig]:
     """Class and configuration: by `architectures`, else by the auto mappings of `model_type`. A class that only
     coordinates parts and has no forward of its own gives way to its first part that has one."""
-    import transformers
-
     architecture = _architecture(data)
     config = _config_of(data, file)
     if architecture is not None:
@@ -75,15 +73,24 @@ def resolve(data: Mapping[str, Any], file: Path) -> tuple[type[PreTrainedModel],
         model_class = _mapped_class(config, file)
     else:
         raise InputError(f"{file}: has neither model_type nor architectures, so that the model's class is unknown")
+    return with_forward(model_class, config, str(file))
+
+
+def with_forward(
+    model_class: type[PreTrainedModel], config: PretrainedConfig, origin: str
+) -> tuple[type[PreTrainedModel], PretrainedConfig]:
+    """The class and configuration themselves, or those of the first part that has a forward. origin: for the error."""
+    import transformers
+
     if _has_forward(model_class):
         return model_class, config
     for key in config.sub_configs:
         part = vars(config).get(key)
         if isinstance(part, transformers.PretrainedConfig) and (name := _mapped_name(part.model_type)):
-            part_class = _transformers_class(name, data, file)
+            part_class = _transformers_class(name, {}, Path(origin))
             if _has_forward(part_class):
                 return part_class, part
-    raise InputError(f"{file}: {model_class.__name__} has no forward to trace; name the part to plan by its class")
+    raise InputError(f"{origin}: {model_class.__name__} has no forward to trace; name the part to plan by its class")
 
 
 def builder(
@@ -101,7 +108,7 @@ def builder(
             f"{config}: is a configuration of model type {data.get('model_type')!r}, "
             f"and {target.__name__} takes {target.config_class.model_type!r}"
         )
-    return lambda: _instantiate(target, target.config_class.from_dict(dict(part)))
+    return lambda: _instantiate(*with_forward(target, target.config_class.from_dict(dict(part)), spec))
 
 
 def _instantiate(model_class: type[PreTrainedModel], config: PretrainedConfig) -> torch.nn.Module:
