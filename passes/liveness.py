@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import sympy
@@ -95,10 +95,16 @@ def storages_bytes(nodes: Iterable[fx.Node], rows: Rows) -> int:
     return sum(tensor_bytes(node.meta.get("val"), rows) for node in nodes)
 
 
-def peak_bytes(gm: fx.GraphModule, rows: Rows | None = None) -> Peak:
+def peak_bytes(
+    gm: fx.GraphModule,
+    rows: Rows | None = None,
+    kernels: Iterable[Sequence[fx.Node]] = (),
+    in_registers: Collection[fx.Node] = (),
+) -> Peak:
     """Where the most memory is alive when `gm` runs node by node. rows: values of sizes known only at run time; by
-    default balanced routing."""
-    walk = _Walk(gm.graph, balanced_rows(gm.graph) if rows is None else rows)
+    default balanced routing. kernels: nodes that run together, which read what any of them reads until the last is
+    done. in_registers: results that are never in memory."""
+    walk = _Walk(gm.graph, balanced_rows(gm.graph) if rows is None else rows, kernels, in_registers)
     return walk.run()
 
 
@@ -111,8 +117,11 @@ def launch_of(wait: fx.Node) -> fx.Node:
 class _Walk:
     """One pass over a graph. `live`: storages alive, by the node that owns them."""
 
-    def __init__(self, graph: fx.Graph, rows: Rows) -> None:
-        self.rows = rows
+    def __init__(
+        self, graph: fx.Graph, rows: Rows, kernels: Iterable[Sequence[fx.Node]], in_registers: Collection[fx.Node]
+    ) -> None:
+        self.rows, self.in_registers = rows, set(in_registers)
+        self.last_of = {node: kernel[-1] for kernel in kernels for node in kernel}
         self.nodes = list(graph.nodes)
         self.inputs = {n for n in self.nodes if n.op in ("placeholder", "get_attr")}
         self.live: dict[fx.Node, int] = {}
@@ -122,12 +131,14 @@ class _Walk:
     def _last_uses(self) -> dict[int, list[fx.Node]]:
         """By position: the storages that nothing reads after it. A tuple dies with the last element taken from it."""
         last: dict[fx.Node, int] = {}
+        position = {node: index for index, node in enumerate(self.nodes)}
         for index, node in enumerate(self.nodes):
+            end = position[self.last_of.get(node, node)]
             for item in (node, *node.all_input_nodes):
-                last[storage_of(item)] = index
+                last[storage_of(item)] = max(last.get(storage_of(item), 0), end)
             if node.target is _WAIT:  # a collective reads its inputs until it has ended
                 for item in launch_of(node).all_input_nodes:
-                    last[storage_of(item)] = index
+                    last[storage_of(item)] = max(last.get(storage_of(item), 0), index)
         frees: dict[int, list[fx.Node]] = {}
         for owner, index in last.items():
             if owner not in self.inputs:
@@ -150,7 +161,7 @@ class _Walk:
     def _start(self, node: fx.Node) -> None:
         if storage_of(node) is not node:
             return
-        size = tensor_bytes(node.meta.get("val"), self.rows)
+        size = 0 if node in self.in_registers else tensor_bytes(node.meta.get("val"), self.rows)
         if node.target is operator.getitem:  # moves from the tuple, which then holds the others only
             source = node.args[0]
             assert isinstance(source, fx.Node)

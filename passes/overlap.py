@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx
 
+from omnicompile.capture.classify import is_free, is_fusible
 from omnicompile.passes.liveness import Rows, balanced_rows, elements, storages_bytes, tensor_bytes
 from omnicompile.passes.segments import is_forward, layer_of
 
@@ -62,11 +63,12 @@ def overlap_pass(gm: fx.GraphModule, gradients: Sequence[str]) -> Overlapped:
         A1 = gather(p1, q1); a1, b1 = wait(A1); A2 = gather(p2, q2); y = f(x, a1, b1); a2, b2 = wait(A2); ...
         dy, da2 = df(z, a2, b2); G2 = scatter(da2, ...); dx, da1 = df(y, a1, b1); ga2 = wait(G2); G1 = scatter(da1, ...)
 
-    - The gather of a unit is launched while the unit before it computes, and waited for before the unit's first use. So at
-      most two units' parameters are whole at a time. It is launched before the longest stretch of compute between other
+    - The gather of a unit is launched while the unit before it computes, and waited for before the unit's first use, or
+      before the element-wise work that leads to it, so as not to cut a kernel. At most two units' parameters are whole at a
+      time. It is launched before the longest stretch of compute between other
       collectives of that unit (all-to-alls around attention or experts), so as not to stand in their way.
-    - The gradients of a unit are cast to the dtype they are reduced in, and scattered, when the last of them is there;
-      they are waited for when those of the next unit are, or at the end.
+    - The gradients of a unit are cast to the dtype they are reduced in, and scattered, when the last of them is there (and
+      the kernel that it comes of has ended); they are waited for when those of the next unit are scattered, or at the end.
     - Collectives of a unit over the same group become one coalesced call: one launch, no copies in or out, and each
       tensor is reduced as it would be alone.
 
@@ -120,7 +122,10 @@ class _Overlap:
         self.index = _indices(gm.graph)
         self.nodes = list(gm.graph.nodes)
         self.rows = balanced_rows(gm.graph)
-        self.own_waits = {next(iter(node.users)) for node in self.nodes if _is_parameter_gather(node)}
+        own = [node for node in self.nodes if _is_parameter_gather(node)]
+        self.own_waits = {next(iter(node.users)) for node in own}
+        scatters = self._parameters_of_scatters()
+        self.moving = {*own, *self.own_waits, *scatters, *(user for node in scatters for user in node.users)}
         self.places: dict[fx.Node, Place] = {}
         self.moved = 0
         self.made = 0
@@ -128,8 +133,10 @@ class _Overlap:
     def run(self) -> Overlapped:
         gathers = _gather_units(self.graph, self.index, is_forward)
         gathers += _gather_units(self.graph, self.index, lambda node: not is_forward(node))
-        gathers.sort(key=lambda unit: unit.place)
         scatters = self._scatter_units()
+        for unit in gathers:
+            unit.place = self._kernel_start(unit.place)
+        gathers.sort(key=lambda unit: unit.place)
         before = sum(len(unit.launches) for unit in (*gathers, *scatters))
         for earlier, unit in zip((None, *gathers), gathers):
             self._gather(unit, earlier)
@@ -142,7 +149,7 @@ class _Overlap:
 
     def _gather(self, unit: _Unit, earlier: _Unit | None) -> None:
         anchor = unit.place if earlier is None else self._window(earlier.place, unit.place)
-        order = -3 if earlier is None else -1
+        order = -1 if anchor < unit.place else -3  # waits stand at -2
         for node in unit.launches:
             self._own_inputs(node)
             for item in inputs_chain(node):
@@ -164,6 +171,25 @@ class _Overlap:
                 copies[node] = self.graph.node_copy(node, lambda x: copies.get(x, x))
                 copies[node].meta["phase"] = gather.meta.get("phase")
         gather.replace_input_with(chain[-1], copies[chain[-1]])
+
+    def _kernel_start(self, place: int) -> int:
+        """After the last node before `place` that no kernel reaches over."""
+        while place > 0 and not self._cuts(self.nodes[place - 1]):
+            place -= 1
+        return place
+
+    def _kernel_end(self, place: int) -> int:
+        """Before the first node after `place` that no kernel reaches over."""
+        while place + 1 < len(self.nodes) and not self._cuts(self.nodes[place + 1]):
+            place += 1
+        return place
+
+    def _cuts(self, node: fx.Node) -> bool:
+        if node.op != "call_function" or node in self.moving:
+            return node.op == "output" or node.op == "placeholder"
+        return not is_free(node) and (
+            not is_fusible(node) or getattr(node.target, "namespace", "") not in ("aten", "prims")
+        )
 
     def _window(self, start: int, end: int) -> int:
         """Where in a unit the next one's gathers are launched: before the stretch between collectives that computes
@@ -193,8 +219,11 @@ class _Overlap:
             number = used_by[name].pop() if used_by.get(name) else -1
             unit = units.setdefault(number, _Unit(("", ""), self.index[node]))
             unit.launches.append(node)
-            unit.place = self.index[node]
-        return sorted(units.values(), key=lambda unit: unit.place)
+            unit.place = self._kernel_end(self.index[node])
+        by_place: dict[int, _Unit] = {}
+        for unit in sorted(units.values(), key=lambda unit: unit.place):
+            by_place.setdefault(unit.place, _Unit(unit.key, unit.place)).launches.extend(unit.launches)
+        return list(by_place.values())
 
     def _parameters_of_scatters(self) -> dict[fx.Node, str]:
         """Scatters that lead to nothing but one gradient in the output."""

@@ -31,7 +31,7 @@ def test_parameters_and_optimizer_are_this_ranks_share() -> None:
 def test_collectives_are_counted_and_waited_for() -> None:
     run = _run(Mesh(dp_shard=2, sp=2), dense_model())
     gathers, nbytes = run.collectives[("all_gather", "dp_replicate,dp_shard,sp")]
-    assert gathers > 20 and nbytes > 0 and ("all_to_all", "sp") in run.collectives
+    assert 3 < gathers < 10 and nbytes > 0 and ("all_to_all", "sp") in run.collectives
     assert run.timeline.exposed["all_gather"] > 0 and run.seconds > run.timeline.busy["compute"]
 
 
