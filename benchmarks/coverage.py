@@ -355,8 +355,8 @@ def report(outcomes: list[Outcome], until: str) -> str:
         "with fields mended that keep the default configuration from running (last table).",
         f"Of the {len(built)} classes that transformers builds at their default configuration: {len(of_built)} "
         f"({len(of_built) / max(1, len(built)):.0%}), {sum(not o.mended for o in of_built)} of them as it is.",
-        f"Of all that succeed, {sum(bool(o.notes) for o in good)} had a placeholder id or an image size filled in by the "
-        f"capture, and {sum(bool(o.part) for o in good)} are planned by a part (both in the table before the last).",
+        f"Of all that succeed, {sum(bool(o.notes) for o in good)} had a placeholder id or an image size filled in by "
+        f"the capture, and {sum(bool(o.part) for o in good)} are planned by a part (both in the table before the last).",
         "",
         f"transformers {transformers.__version__}, torch {torch.__version__}, made by "
         f"`python benchmarks/coverage.py --until {until}` "
