@@ -9,12 +9,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from omnicompile.cluster import Cluster
 from omnicompile.errors import LoweringError
+from omnicompile.lowering.proof import prove
+from omnicompile.lowering.tiny import TinyModel
 from omnicompile.passes import lower_forward
 from omnicompile.passes.dropout_op import dropout, dropout_expanded, philox, site_keys
 from omnicompile.passes.rank_program import RankProgram
 from omnicompile.passes.verifier import verify_lowering
-from omnicompile.plan import Layout, Mesh, Sharding
+from omnicompile.plan import BlockPlan, Layout, Mesh, Plan, Sharding
+from omnicompile.workload import Workload
 
 from .models import block_plans, text_batch
 from .parity import captured_for, program_of, run_parity, shifted_targets, whole_values
@@ -167,3 +171,10 @@ def test_attention_dropout_is_refused_by_name() -> None:
     model.inner.layers.append(AttentionDropout())
     with pytest.raises(LoweringError, match=r"layers.2 has attention dropout.*set .* to 0"):
         lowered(model, Mesh(dp_shard=2))
+
+
+def test_a_proof_takes_a_model_with_dropout() -> None:
+    mesh = Mesh(dp_shard=2, sp=2)
+    plan = Plan("m", Cluster(gpus=4), Workload(), mesh, {"text": BlockPlan(layout=Layout.SEQUENCE, sp=2)})
+    report = prove(TinyModel(Dropping().train(), lambda rank: text_batch(rank)), plan)
+    assert report.equal, (report.worst, report.verdict)
