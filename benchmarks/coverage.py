@@ -356,7 +356,7 @@ def report(outcomes: list[Outcome], until: str) -> str:
         f"Of the {len(built)} classes that transformers builds at their default configuration: {len(of_built)} "
         f"({len(of_built) / max(1, len(built)):.0%}), {sum(not o.mended for o in of_built)} of them as it is.",
         f"Of all that succeed, {sum(bool(o.notes) for o in good)} had a placeholder id or an image size filled in by "
-        f"the capture, and {sum(bool(o.part) for o in good)} are planned by a part (both in the table before the last).",
+        f"the capture, and {sum(bool(o.part) for o in good)} are planned by a part (table before the last).",
         "",
         f"transformers {transformers.__version__}, torch {torch.__version__}, made by "
         f"`python benchmarks/coverage.py --until {until}` "
