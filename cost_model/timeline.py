@@ -41,15 +41,17 @@ class Timeline:
     tasks: list[tuple[str, str, float, float, str, str]] = field(default_factory=list)
 
 
-def simulate(schedule: Schedule, hw: Hardware | None = None, keep_tasks: bool = False) -> Timeline:
-    """Run a schedule.
+def simulate(
+    schedule: Schedule, hw: Hardware | None = None, keep_tasks: bool = False, every_iteration: bool = False
+) -> Timeline:
+    """Run a schedule. every_iteration: skip none of those that repeat (the result is the same; for `keep_tasks`).
 
     hw: if given, compute tasks are slowed by collectives beside them: in each loop by the factor
     1 + hw.contention_factor * min(1, communication seconds / compute seconds); if None, they are as given.
     Raises ValueError for a schedule that is not well-formed: an unknown stream or dependency, a dependency of lag 0 on
     a task listed later, a name used twice, a negative number.
     """
-    run = _Run(keep_tasks)
+    run = _Run(keep_tasks, every_iteration)
     if len({loop.name for loop in schedule.loops}) != len(schedule.loops):
         raise ValueError("a loop name is used twice")
     for loop in schedule.loops:
@@ -89,7 +91,8 @@ class _Done:
 class _Run:
     """The state of a simulation: the history of all tasks run so far, in order of listing."""
 
-    def __init__(self, keep_tasks: bool) -> None:
+    def __init__(self, keep_tasks: bool, every_iteration: bool = False) -> None:
+        self.every_iteration = every_iteration
         self.start: list[float] = []
         self.end: list[float] = []
         self.binder: list[int] = []  # position of what a task waited for last, or -1
@@ -115,7 +118,7 @@ class _Run:
             exposed.append(self._iterate(body, done, kinds))
             done += 1
             window += 1
-            if loop.count - done >= 2:
+            if loop.count - done >= 2 and not self.every_iteration:
                 period, periods, steps = self._find_period(body, done, window, loop.count - done)
                 if periods:
                     window = self._skip(body, period, periods, steps, exposed)

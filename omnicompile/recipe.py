@@ -152,6 +152,17 @@ def parse_pins(items: list[str]) -> dict[str, str]:
     return check_pins(pins)
 
 
+def split_choices(text: str, option: str) -> dict[str, str]:
+    """"sp=4, text.recompute=full" as {"sp": "4", "text.recompute": "full"}. option: what the text was given as."""
+    choices: dict[str, str] = {}
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        key, equals, value = (part.strip() for part in item.partition("="))
+        if not equals or not key or not value:
+            raise InputError(f"{option}: {item!r} is not choice=value, such as sp=4 or text.recompute=full")
+        choices[key] = value
+    return choices
+
+
 def pin_text(value: Any) -> str:
     """A choice as the text of a pin: 4, true, fsdp."""
     return str(value).lower() if isinstance(value, bool) else str(value)

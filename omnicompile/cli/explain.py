@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from omnicompile.cli.arguments import add_cluster, add_model, add_workload, cluster_of, workload_of
 from omnicompile.cli.progress import emit, working
 from omnicompile.errors import PlanError
-from omnicompile.plan import Plan, Prediction
+from omnicompile.plan import Plan
+from omnicompile.report.comparison import comparison_json, cost_lines, describe, fields_of, prediction, speed_words
 
 if TYPE_CHECKING:
     from omnicompile.planner.api import PlanResult
@@ -22,7 +23,6 @@ examples:
   omnicompile explain model.py --gpus 128 --why-not sp=8
   omnicompile explain model.py --gpus 128 --why-not "vision.layout=sequence, text.recompute=full"
 """
-_SECONDS, _GIB = 1e-4, 2.0**30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,11 +67,6 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _prediction(plan: Plan) -> Prediction:
-    assert plan.prediction is not None
-    return plan.prediction
-
-
 def _why(result: PlanResult) -> list[str]:
     best = result.plans[0]
     lines = [f"the best plan: {describe(best)}", *(f"  {note}" for note in best.notes)]
@@ -85,67 +80,20 @@ def _why_not(best: Plan, other: Plan | None, reason: str, asked: dict[str, str])
     lines = [f"the best plan: {describe(best)}"]
     if other is None:
         return [*lines, f"with {words}: impossible: {reason}"]
-    ours, theirs = _prediction(best), _prediction(other)
-    change = theirs.step_seconds / ours.step_seconds - 1
     differs = describe(other, best)
     if not differs:
         return [*lines, f"with {words}: it is the best plan already"]
-    speed = "as fast" if abs(change) < 5e-4 else f"{abs(change):.1%} {'slower' if change > 0 else 'faster'}"
-    lines.append(f"with {words}: {speed} ({theirs.step_seconds:.3f} s a step instead of {ours.step_seconds:.3f} s)")
+    lines.append(f"with {words}: {speed_words(other, best)}")
     lines.append(f"  the best plan with it differs in {differs}")
-    lines += _table("time", ours.time, theirs.time, _SECONDS, lambda x: f"{x:+.3f} s")
-    lines += _table("memory per GPU", ours.memory, theirs.memory, _GIB / 100, lambda x: f"{x / _GIB:+.2f} GiB")
-    lines += _table("compute by block", ours.block_time, theirs.block_time, _SECONDS, lambda x: f"{x:+.3f} s")
-    return lines
-
-
-def _changes(ours: dict[str, float], theirs: dict[str, float], least: float) -> dict[str, float]:
-    """What the other has more (+) or less (-), largest first, without what hardly differs."""
-    found = {kind: theirs.get(kind, 0.0) - ours.get(kind, 0.0) for kind in {*ours, *theirs}}
-    return dict(sorted(((k, v) for k, v in found.items() if abs(v) >= least), key=lambda item: -abs(item[1])))
-
-
-def _table(title: str, ours: dict[str, float], theirs: dict[str, float], least: float, word: Any) -> list[str]:
-    changes = _changes(ours, theirs, least)
-    return [f"  {title}: {', '.join(f'{kind} {word(value)}' for kind, value in changes.items())}"] if changes else []
-
-
-def fields_of(plan: Plan) -> dict[str, str]:
-    """The plan's choices by the names that pins give them."""
-    found = {f"mesh.{name}": str(value) for name, value in vars(plan.mesh).items()}
-    found |= {"micro_batch": str(plan.micro_batch), "accumulation": str(plan.accumulation)}
-    found |= {"loss_head": str(plan.loss_head), "offload_optimizer": str(plan.offload_optimizer).lower()}
-    for block, choices in plan.blocks.items():
-        found |= {f"{block}.{name}": str(value) for name, value in vars(choices).items()}
-    return found
-
-
-def describe(plan: Plan, than: Plan | None = None) -> str:
-    """The choices that differ from `than`; without it the ones that say most."""
-    if than is not None:
-        before = fields_of(than)
-        return ", ".join(f"{k}={v}" for k, v in fields_of(plan).items() if before.get(k) != v)
-    mesh = ", ".join(f"{name}={value}" for name, value in vars(plan.mesh).items() if value > 1)
-    blocks = "; ".join(
-        f"{name}: {b.sharding}, {b.layout}, recompute {b.recompute}{', frozen' if b.frozen else ''}"
-        for name, b in plan.blocks.items()
-    )
-    step = f"micro-batch {plan.micro_batch}, {_prediction(plan).step_seconds:.3f} s a step"
-    return f"{mesh or 'one rank'}; {blocks}; {step}"
+    return lines + cost_lines(other, best)
 
 
 def _json(free: PlanResult, other: Plan | None, reason: str) -> dict[str, Any]:
     best = free.plans[0]
-    view: dict[str, Any] = {"best": fields_of(best), "step_seconds": _prediction(best).step_seconds}
+    view: dict[str, Any] = {"best": fields_of(best), "step_seconds": prediction(best).step_seconds}
     view |= {"notes": list(best.notes), "refused": free.refused}
     if other is not None:
-        ours, theirs = _prediction(best), _prediction(other)
-        view["other"] = {
-            "choices": fields_of(other),
-            "step_seconds": theirs.step_seconds,
-            "time": _changes(ours.time, theirs.time, 0.0),
-            "memory": _changes(ours.memory, theirs.memory, 0.0),
-        }
+        view["other"] = comparison_json(other, best)
     elif reason:
         view["impossible"] = reason
     return view

@@ -18,13 +18,15 @@ from typing import NoReturn, Protocol
 from omnicompile.errors import OmniCompileError
 
 # A command is one module with `HELP`, `EXAMPLES`, `add_arguments` and `run`, and one name here.
-COMMANDS = ("plan", "explain", "inspect", "show", "verify", "doctor")
+COMMANDS = ("plan", "simulate", "explain", "compare", "inspect", "show", "verify", "doctor")
 DESCRIPTION = "Plan, inspect and run distributed training of unmodified PyTorch models, omni-modal ones above all."
 EPILOG = """\
 examples:
   omnicompile plan model.py --gpus 128                         the fastest plan that fits on 128 H100s
   omnicompile plan config.json --gpus 8 --seq-len 32768        a Hugging Face model, long context
+  omnicompile simulate model.py --gpus 128 --layout sp=4       what one given layout would take
   omnicompile explain model.py --gpus 128 --why-not sp=8       what another choice would cost, and where
+  omnicompile compare a.yaml b.yaml                            two recipes: what differs, and what it costs
   omnicompile inspect model.py                                 parameters, FLOPs and activations per layer
   omnicompile verify model.py --gpus 8                         prove that the distributed model equals the original
   omnicompile show model.py --gpus 8 --tiny                    the rewritten program, with its collectives

@@ -56,6 +56,12 @@ def simulated_seconds(plan: Plan, model: StepModel) -> float:
     return _step_seconds(micro, last, step)
 
 
+def last_micro_step(plan: Plan, model: StepModel) -> timeline.Timeline:
+    """The plan's last micro-step with every task, its optimizer step included."""
+    step = step_of_blocks(model.program, model.plan_blocks(plan), plan.accumulation, model.hardware.contention_factor)
+    return timeline.simulate(step.last, keep_tasks=True, every_iteration=True)
+
+
 def _run(
     plan: Plan, model: StepModel, blocks: dict[str, BlockCost]
 ) -> tuple[Step, timeline.Timeline, timeline.Timeline]:
