@@ -10,6 +10,7 @@ the same code plans it once fields are mended; anything else is this project's.
 Prints how many succeed, with the reason for each that does not; writes benchmarks/results/coverage.json and .md.
 
     python benchmarks/coverage.py [--until forward|capture|plan] [--only NAME ... | --failed] [--jobs 2]
+    python benchmarks/coverage.py --lower [options of lowering_coverage.py]
 
 Results are written as they come; a run of some classes (`--only`, `--failed`, `--stale`) replaces the results of those
 alone. Each result states the commit that it was made with.
@@ -25,6 +26,7 @@ import os
 import resource
 import signal
 import subprocess
+import sys
 import time
 import warnings
 from collections import Counter
@@ -410,6 +412,11 @@ def _table(header: tuple[str, ...], rows: Sequence[tuple[Any, ...]]) -> list[str
 
 
 def main() -> None:
+    if "--lower" in sys.argv[1:]:
+        import lowering_coverage  # (it imports this file)
+
+        lowering_coverage.main([a for a in sys.argv[1:] if a != "--lower"])
+        return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--until", choices=STAGES, default="plan")
     parser.add_argument("--only", nargs="*", default=None, help="class names")
