@@ -20,11 +20,15 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from omnicompile.capture.host_mode import HostMode, is_host
+from omnicompile.torch_compat import is_plain_host_tensor, outside_tracing
+from omnicompile.torch_compat import FakeTensor
 
 _ATTENTION = torch.ops.omnicompile.attention
 _BOUNDS = slice(4, 6)  # cu_q, cu_k among the arguments of the attention anchor
 _SPLITS = frozenset({torch.split, torch.Tensor.split, torch.split_with_sizes})
 _JOINS = frozenset({torch.cat, torch.concat, torch.concatenate})
+_COMPARES = frozenset({torch.Tensor.__eq__, torch.Tensor.eq, torch.eq, torch.Tensor.__ne__, torch.Tensor.ne, torch.ne})
+_SAME_VALUES = frozenset({torch.Tensor.to, torch.Tensor.view, torch.Tensor.reshape, torch.Tensor.flatten})
 
 
 @dataclass
@@ -50,6 +54,14 @@ class Call:
         return f"{self.name}{list(map(list, self.shapes))} with {self.static}"
 
 
+@dataclass(frozen=True)
+class Result:
+    """What a traced operation gave, and the shapes of the host tensors that it was given."""
+
+    host_shapes: tuple[tuple[int, ...], ...]
+    value: Any
+
+
 @dataclass
 class _Split:
     source: Tensor
@@ -60,17 +72,31 @@ class _Split:
 class CrossingMode(HostMode):
     """Host mode that records crossings and, when `inputs` is given, puts the k-th of them in place of crossing k.
 
-    calls: the traced operations, up to what is data of the batch.
+    calls: the traced operations, up to what is data of the batch. results: what they gave, by their number, but for
+    what must be computed each time. known: calls and results of an earlier run on fake tensors: an operation that is
+    the same as there is not run, since fake tensors have nothing but their shapes.
     """
 
-    def __init__(self, inputs: Sequence[Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        inputs: Sequence[Tensor] | None = None,
+        known: tuple[Sequence[Call], Mapping[int, Result]] = ((), {}),
+    ) -> None:
         super().__init__()
+        self.results: dict[int, Result] = {}
+        self._known_calls, self._known_results = known
         self._sources: dict[int, tuple[Tensor, frozenset[str]]] = {}
         self.inputs = inputs
         self.crossings: list[Crossing] = []
         self.calls: list[Call] = []
         self._number: dict[int, int] = {}
         self._splits: dict[int, _Split] = {}
+        self._values: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def know(self, traced: Tensor, value: Tensor) -> None:
+        """Tell the values of a float input. They are read where the model compares it with a number, to find padding:
+        the answer is metadata of the batch."""
+        self._values[id(traced)] = (traced, value)
 
     def name_sources(self, batch: Mapping[str, Any]) -> None:
         """Tell which tensors are the batch's own."""
@@ -89,17 +115,44 @@ class CrossingMode(HostMode):
     def traced(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func in _JOINS and (whole := self._rejoined(args, kwargs)) is not None:
             return whole
+        if args and id(args[0]) in self._values and func in _COMPARES | _SAME_VALUES:
+            return self._of_known(func, args, kwargs)
         if is_attention(func):
             args = self._with_length_bounds(args)
         sizes = _split_sizes(func, args, kwargs)
         leaves, spec = tree_flatten((args, kwargs))
+        host_shapes = tuple(tuple(leaf.shape) for leaf in leaves if is_host(leaf))
+        leaves = [self._enter(leaf, func, args) if is_host(leaf) else leaf for leaf in leaves]
+        number = len(self.calls)
         if sizes is None:
             self.calls.append(_call(func, leaves))
-        leaves = [self._enter(leaf, func, args) if is_host(leaf) else leaf for leaf in leaves]
+            if (known := self._known(number, host_shapes)) is not None:
+                return known.value
         args, kwargs = tree_unflatten(leaves, spec)
         result = func(*args, **kwargs)
         if sizes is not None:
             self._remember_split(args, kwargs, result)
+        elif len(self.calls) == number + 1 and _reusable(args, result):  # and it calls no other traced operation
+            self.results[number] = Result(host_shapes, result)
+        return result
+
+    def _known(self, number: int, host_shapes: tuple[tuple[int, ...], ...]) -> Result | None:
+        """What call `number` gave in the earlier run, if it is the same call."""
+        if number >= len(self._known_calls) or self._known_calls[number] != self.calls[number]:
+            return None
+        found = self._known_results.get(number)
+        return found if found is not None and found.host_shapes == host_shapes else None
+
+    def _of_known(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A comparison of a known input with a number, done for real; or the same input in another shape or dtype."""
+        with outside_tracing():
+            real = func(self._values[id(args[0])][1], *args[1:], **kwargs)
+        if func in _COMPARES and isinstance(args[1], int | float) and is_host(real):
+            return real
+        result = func(*args, **kwargs)
+        if func in _SAME_VALUES:
+            self.calls.append(_call(func, tree_leaves((args, kwargs))))
+            self.know(result, real)
         return result
 
     def _enter(self, tensor: Tensor, func: Callable[..., Any], args: tuple[Any, ...]) -> Tensor:
@@ -131,6 +184,15 @@ class CrossingMode(HostMode):
         dim = kwargs.get("dim", args[1] if len(args) > 1 else 0) % split.source.dim()
         same = len(pieces) == len(split.pieces) and all(a is b for a, b in zip(pieces, split.pieces))
         return split.source if same and dim == split.dim else None
+
+
+def _reusable(args: tuple[Any, ...], result: Any) -> bool:
+    """Not an operation in place, nor one whose result is more than shapes."""
+    leaves = tree_leaves(result)
+    if not leaves or not all(isinstance(leaf, FakeTensor) for leaf in leaves):
+        return False
+    given = {id(leaf) for leaf in tree_leaves(args)}
+    return not any(id(leaf) in given for leaf in leaves)
 
 
 def is_attention(func: Callable[..., Any]) -> bool:

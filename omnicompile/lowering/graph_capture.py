@@ -74,14 +74,20 @@ class LoweredInputs:
 class _Forward(nn.Module):
     """`forward(inputs, host)`: the model on traced inputs, host tensors coming from `host` where they cross."""
 
-    def __init__(self, model: nn.Module, fixed: Mapping[str, Any], mode: CrossingMode) -> None:
+    def __init__(
+        self, model: nn.Module, fixed: Mapping[str, Any], values: Mapping[str, Tensor], mode: CrossingMode
+    ) -> None:
         super().__init__()
         self.model = model
         self._fixed = dict(fixed)
+        self._values = dict(values)
         self._mode = mode
 
     def forward(self, inputs: dict[str, Tensor], host: list[Tensor]) -> tuple[Tensor, ...]:
         self._mode.inputs = host
+        for name, value in inputs.items():
+            if name in self._values:
+                self._mode.know(value, self._values[name])
         with as_in_eager():
             return tuple(find_outputs(self.model(**inputs, **self._fixed)).values())
 
@@ -127,7 +133,8 @@ def capture_forward(
         traced = {k: program.argument(k, v) for k, v in batch.items() if isinstance(v, Tensor) and not is_host_input(v)}
         fixed = {k: program.argument(k, v) for k, v in batch.items() if k not in traced}
         crossing = CrossingMode()
-        wrapped = _Forward(copied, fixed, crossing)
+        values = {name: batch[name] for name in traced if batch[name].device.type == "cpu"}
+        wrapped = _Forward(copied, fixed, values, crossing)
         fakes = [mode.from_tensor(value) for value in host]
         with anchored(copied), crossing, warnings.catch_warnings():
             # Tensors that the host code keeps on the model (a cache of position offsets, say) stay on the copy.

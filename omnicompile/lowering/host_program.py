@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from omnicompile.anchors.huggingface import anchored
 from omnicompile.errors import InputError, LoweringError
-from omnicompile.lowering.crossing import Call, Crossing, CrossingMode
+from omnicompile.lowering.crossing import Call, Crossing, CrossingMode, Result
 from omnicompile.torch_compat import FakeTensorMode, new_fake_mode
 
 
@@ -52,10 +52,11 @@ def _disable_caches(model: nn.Module) -> None:
 
 @dataclass
 class Recording:
-    """One run: what crossed, which operations were traced, what the model returned, and which layers saw host work."""
+    """One run: what crossed, which operations were traced and gave what, and what the model returned."""
 
     crossings: list[Crossing] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
+    results: dict[int, Result] = field(default_factory=dict)
     output: Any = None
 
 
@@ -103,16 +104,19 @@ class HostProgram:
         if self._first is None:
             raise RuntimeError("replay before learn")
         with self._stubs():
-            recording = self._run(batch, CrossingMode())
+            recording = self._run(batch, CrossingMode(known=(self._first.calls, self._first.results)))
         _check_same(self._first, recording)
         return recording
 
     def _run(self, batch: Mapping[str, Any], mode: CrossingMode) -> Recording:
         kwargs = {name: self.argument(name, value) for name, value in batch.items()}
         mode.name_sources(kwargs)
+        for name, value in batch.items():
+            if isinstance(value, Tensor) and value.device.type == "cpu" and not is_host_input(value):
+                mode.know(kwargs[name], value)
         with torch.no_grad(), self.mode, anchored(self.model), mode:
             output = self.model(**kwargs)
-        return Recording(mode.crossings, mode.calls, output)
+        return Recording(mode.crossings, mode.calls, mode.results, output)
 
     def argument(self, name: str, value: Any) -> Any:
         if not isinstance(value, Tensor):

@@ -17,10 +17,14 @@ LEVELS: tuple[frozenset[str], ...] = (
     frozenset({"layers", "experts", "vocabulary", "mlp", "width", "image"}),
     frozenset({"layers", "experts", "vocabulary", "mlp", "width"}),
     frozenset({"layers", "experts", "mlp", "width"}),
+    # Heads keep their width, and there are fewer of them: sizes of rotary sections may lie in the model's code.
+    frozenset({"layers", "experts", "vocabulary", "mlp", "width", "image", "whole heads"}),
+    frozenset({"layers", "experts", "vocabulary", "mlp", "width", "whole heads"}),
     frozenset({"layers", "experts", "vocabulary", "mlp"}),
     frozenset({"layers", "experts"}),
 )
 WIDTH, HEADS, MLP, EXPERT_MLP, EXPERTS, VOCABULARY, RANK, IMAGE_PATCHES = 128, 8, 256, 64, 8, 512, 32, 8
+WHOLE_WIDTH = 512  # where heads keep their width
 _MOST_LAYERS = 8
 
 _LAYERS = re.compile(r"(^|_)n?_?layers?$|^depths?$|^num_.*(layers|blocks)$")
@@ -42,11 +46,12 @@ _RANDOM = re.compile(r"drop|jitter")
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Of one configuration, before and after: heads, width of a head, layers."""
+    """Of one configuration, before and after: heads, width of a head, layers; and the largest width after."""
 
     heads: tuple[int, int] | None
     head_dim: tuple[int, int] | None
     layers: tuple[int, int] | None
+    width: int = WIDTH
 
 
 def shrink(config: Any, what: frozenset[str]) -> Any:
@@ -90,8 +95,22 @@ def _shrink_one(node: Any, what: frozenset[str], ids: dict[int, int]) -> None:
         new = _shrunk(name, value, fields, sizes, what, ids)
         if new is not value and new != value:
             setattr(node, name, new)
+    _keep_expansion(node, fields)
     if "dtype" in fields:
         node.dtype = None
+
+
+def _keep_expansion(node: Any, before: dict[str, Any]) -> None:
+    """Heads times their width stay a stated multiple (`.._expand`) of the hidden size, as in state-space layers."""
+    hidden = before.get("hidden_size")
+    for name, factor in before.items():
+        if not (name.endswith("expand") and _number(factor) and _number(hidden)):
+            continue
+        prefix = name.removesuffix("expand")
+        heads = next((f"{prefix}{n}" for n in ("n_heads", "num_heads") if _number(before.get(f"{prefix}{n}"))), None)
+        dim = next((f"{prefix}{n}" for n in ("d_head", "head_dim") if _number(before.get(f"{prefix}{n}"))), None)
+        if heads and dim and before[heads] * before[dim] == factor * hidden:
+            setattr(node, dim, factor * node.hidden_size // getattr(node, heads))
 
 
 def _sizes(fields: dict[str, Any], what: frozenset[str]) -> _Sizes:
@@ -110,6 +129,10 @@ def _sizes(fields: dict[str, Any], what: frozenset[str]) -> _Sizes:
     head_dim = stated or derived
     if head_dim is None:
         return _Sizes((heads, tiny_heads), None, few)
+    if "whole heads" in what:
+        kept = 1 << (min(head_dim, WHOLE_WIDTH).bit_length() - 1) if head_dim == derived else head_dim
+        tiny_heads = min(tiny_heads, max(1, min(WHOLE_WIDTH, width or WHOLE_WIDTH) // kept))
+        return _Sizes((heads, tiny_heads), (head_dim, kept), few, WHOLE_WIDTH)
     small_width = min(WIDTH, width or WIDTH)
     tiny_dim = small_width // tiny_heads if head_dim == derived else max(8, round(head_dim / 32) * 4)
     return _Sizes((heads, tiny_heads), (head_dim, tiny_dim), few)
@@ -189,7 +212,7 @@ def _narrow(name: str, value: int, sizes: _Sizes) -> int:
         scaled = max(min(2, value), value * new // old)
         return 1 << (scaled.bit_length() - 1)
     if _WIDTH.search(name):
-        return min(value, WIDTH)
+        return min(value, sizes.width)
     return min(value, RANK) if name.endswith("rank") else value
 
 
