@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx
 
-from omnicompile.capture.classify import is_free, is_fusible
+from omnicompile.capture.classify import ATTENTION, GROUPED, MATMULS, is_free, is_fusible
 from omnicompile.passes.liveness import Rows, balanced_rows, elements, storages_bytes, tensor_bytes
 from omnicompile.passes.segments import is_forward, layer_of
 
@@ -26,7 +26,6 @@ _TOGETHER = {
     _GATHER: _c10d.all_gather_into_tensor_coalesced.default,
     _SCATTER: _c10d.reduce_scatter_tensor_coalesced.default,
 }
-_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.aten.addmm.default)
 
 Place = tuple[int, int, int]
 
@@ -63,12 +62,13 @@ def overlap_pass(gm: fx.GraphModule, gradients: Sequence[str]) -> Overlapped:
         A1 = gather(p1, q1); a1, b1 = wait(A1); A2 = gather(p2, q2); y = f(x, a1, b1); a2, b2 = wait(A2); ...
         dy, da2 = df(z, a2, b2); G2 = scatter(da2, ...); dx, da1 = df(y, a1, b1); ga2 = wait(G2); G1 = scatter(da1, ...)
 
-    - The gather of a unit is launched while the unit before it computes, and waited for before the unit's first use, or
-      before the element-wise work that leads to it, so as not to cut a kernel. At most two units' parameters are whole at a
-      time. It is launched before the longest stretch of compute between other
-      collectives of that unit (all-to-alls around attention or experts), so as not to stand in their way.
-    - The gradients of a unit are cast to the dtype they are reduced in, and scattered, when the last of them is there (and
-      the kernel that it comes of has ended); they are waited for when those of the next unit are scattered, or at the end.
+    - The gather of a unit is launched while the unit before it computes, before the longest stretch of compute between
+      other collectives of that unit (all-to-alls around attention or experts), so as not to stand in their way. It is
+      waited for before the unit's first use, or before the element-wise work that leads to it, so as not to cut a kernel.
+      At most two units' parameters are whole at a time.
+    - The gradients of a unit are cast to the dtype they are reduced in, and scattered, when the last of them is there
+      (and the kernel that it comes of has ended); they are waited for when those of the next unit are scattered, or at the
+      end. A gradient that could have been made a unit earlier is (that of an embedding, which autograd leaves to the end).
     - Collectives of a unit over the same group become one coalesced call: one launch, no copies in or out, and each
       tensor is reduced as it would be alone.
 
@@ -79,7 +79,8 @@ def overlap_pass(gm: fx.GraphModule, gradients: Sequence[str]) -> Overlapped:
 
 
 def last_unit(gm: fx.GraphModule) -> set[str]:
-    """Placeholders of the parameters that the forward gathers last: its backward comes right after, so they stay whole."""
+    """Placeholders of the parameters that the forward gathers last: their backward comes right after, so they stay
+    whole."""
     units = _gather_units(gm.graph, _indices(gm.graph), is_forward)
     return {str(node.meta.get("param")) for node in units[-1].launches} if units else set()
 
@@ -153,7 +154,8 @@ class _Overlap:
         for node in unit.launches:
             self._own_inputs(node)
             for item in inputs_chain(node):
-                self._place(item, anchor, order)
+                if item not in self.places:  # gathers of a tied parameter share it, and the first needs it first
+                    self._place(item, anchor, order)
         waits = [next(iter(node.users)) for node in unit.launches]
         for node in self._together(unit.launches):
             self._place(node, anchor, order)
@@ -337,14 +339,11 @@ def _flops(node: fx.Node, rows: Rows) -> float:
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return 0.0
     value = node.meta.get("val")
-    if node.target in _PRODUCTS or "grouped_mm" in str(node.target):
-        first = next(n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor))
-        if not isinstance(value, Tensor):
-            return 0.0
-        if node.target is torch.ops.aten.addmm.default:
-            first = node.args[1]  # type: ignore[assignment]
+    if (node.target in MATMULS or node.target in GROUPED) and isinstance(value, Tensor):
+        tensors = [x for x in node.args if isinstance(x, fx.Node)][:3]
+        first = tensors[0] if node.target in GROUPED else tensors[-2]
         return float(elements(value.shape, rows) * elements(first.meta["val"].shape[-1:], rows))
-    if node.target.namespace == "omnicompile" and "attention" in str(node.target):
+    if node.target in ATTENTION:
         query = node.all_input_nodes[0].meta["val"]
         return 2.0 * elements(query.shape, rows) * elements(query.shape[-2:-1], rows)
     return 0.0
