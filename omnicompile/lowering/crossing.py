@@ -20,8 +20,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from omnicompile.capture.host_mode import HostMode, is_host
-from omnicompile.torch_compat import is_plain_host_tensor, outside_tracing
-from omnicompile.torch_compat import FakeTensor
+from omnicompile.torch_compat import FakeTensor, outside_tracing
 
 _ATTENTION = torch.ops.omnicompile.attention
 _BOUNDS = slice(4, 6)  # cu_q, cu_k among the arguments of the attention anchor
@@ -56,9 +55,9 @@ class Call:
 
 @dataclass(frozen=True)
 class Result:
-    """What a traced operation gave, and the shapes of the host tensors that it was given."""
+    """What a traced operation gave. given: what it was given, layouts of tensors in place of values."""
 
-    host_shapes: tuple[tuple[int, ...], ...]
+    given: tuple[Any, ...]
     value: Any
 
 
@@ -73,18 +72,14 @@ class CrossingMode(HostMode):
     """Host mode that records crossings and, when `inputs` is given, puts the k-th of them in place of crossing k.
 
     calls: the traced operations, up to what is data of the batch. results: what they gave, by their number, but for
-    what must be computed each time. known: calls and results of an earlier run on fake tensors: an operation that is
-    the same as there is not run, since fake tensors have nothing but their shapes.
+    what must be computed each time. known: results of an earlier run on fake tensors: an operation that is given the
+    same is not run again, since fake tensors have nothing but their layouts.
     """
 
-    def __init__(
-        self,
-        inputs: Sequence[Tensor] | None = None,
-        known: tuple[Sequence[Call], Mapping[int, Result]] = ((), {}),
-    ) -> None:
+    def __init__(self, inputs: Sequence[Tensor] | None = None, known: Mapping[int, Result] | None = None) -> None:
         super().__init__()
         self.results: dict[int, Result] = {}
-        self._known_calls, self._known_results = known
+        self._known = known or {}
         self._sources: dict[int, tuple[Tensor, frozenset[str]]] = {}
         self.inputs = inputs
         self.crossings: list[Crossing] = []
@@ -121,27 +116,21 @@ class CrossingMode(HostMode):
             args = self._with_length_bounds(args)
         sizes = _split_sizes(func, args, kwargs)
         leaves, spec = tree_flatten((args, kwargs))
-        host_shapes = tuple(tuple(leaf.shape) for leaf in leaves if is_host(leaf))
+        call = _call(func, leaves)
         leaves = [self._enter(leaf, func, args) if is_host(leaf) else leaf for leaf in leaves]
-        number = len(self.calls)
+        number, given = len(self.calls), (func, spec, *map(_without_values, leaves))
         if sizes is None:
-            self.calls.append(_call(func, leaves))
-            if (known := self._known(number, host_shapes)) is not None:
+            self.calls.append(call)
+            if (known := self._known.get(number)) is not None and known.given == given:
+                self.results[number] = known
                 return known.value
         args, kwargs = tree_unflatten(leaves, spec)
         result = func(*args, **kwargs)
         if sizes is not None:
             self._remember_split(args, kwargs, result)
         elif len(self.calls) == number + 1 and _reusable(args, result):  # and it calls no other traced operation
-            self.results[number] = Result(host_shapes, result)
+            self.results[number] = Result(given, result)
         return result
-
-    def _known(self, number: int, host_shapes: tuple[tuple[int, ...], ...]) -> Result | None:
-        """What call `number` gave in the earlier run, if it is the same call."""
-        if number >= len(self._known_calls) or self._known_calls[number] != self.calls[number]:
-            return None
-        found = self._known_results.get(number)
-        return found if found is not None and found.host_shapes == host_shapes else None
 
     def _of_known(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A comparison of a known input with a number, done for real; or the same input in another shape or dtype."""
@@ -184,6 +173,12 @@ class CrossingMode(HostMode):
         dim = kwargs.get("dim", args[1] if len(args) > 1 else 0) % split.source.dim()
         same = len(pieces) == len(split.pieces) and all(a is b for a, b in zip(pieces, split.pieces))
         return split.source if same and dim == split.dim else None
+
+
+def _without_values(leaf: Any) -> tuple[Any, ...]:
+    if isinstance(leaf, Tensor):
+        return (tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.device)
+    return (type(leaf), leaf)
 
 
 def _reusable(args: tuple[Any, ...], result: Any) -> bool:

@@ -104,7 +104,7 @@ class HostProgram:
         if self._first is None:
             raise RuntimeError("replay before learn")
         with self._stubs():
-            recording = self._run(batch, CrossingMode(known=(self._first.calls, self._first.results)))
+            recording = self._run(batch, CrossingMode(known=self._first.results))
         _check_same(self._first, recording)
         return recording
 
