@@ -15,7 +15,10 @@ from omnicompile.torch_compat import OpOverload
 aten = torch.ops.aten
 omni = torch.ops.omnicompile
 
-MATMULS = frozenset({aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten.linear.default})
+MATMULS = frozenset(
+    {aten.mm.default, aten.addmm.default, aten.addmm_.default, aten.bmm.default, aten.baddbmm.default,
+     aten.linear.default}
+)  # fmt: skip
 CONVOLUTIONS = frozenset({aten.convolution.default, aten.convolution_backward.default})
 ATTENTION = frozenset({omni.attention.default, omni.attention_backward.default})
 GROUPED = frozenset({omni.grouped_mm.default, omni.grouped_mm_weight.default})
@@ -26,7 +29,8 @@ _UNFUSED = frozenset(
     {
         aten.embedding.default, aten.embedding_dense_backward.default, aten.index.Tensor, aten.index_put.default,
         aten.index_put_.default, aten.index_select.default, aten.index_add.default, aten.gather.default,
-        aten.scatter.value, aten.scatter.src, aten.scatter_add.default, aten.masked_scatter.default,
+        aten.scatter.value, aten.scatter.src, aten.scatter_add.default, aten.scatter_add_.default,
+        aten.masked_scatter.default,
         aten.masked_scatter_backward.default, aten.sort.default, aten.sort.stable, aten.topk.default,
         aten.cumsum.default, aten.nonzero.default, aten.bincount.default, omni.expert_dispatch.default,
         omni.expert_dispatch_backward.default, omni.expert_combine.default, omni.expert_combine_backward.default,

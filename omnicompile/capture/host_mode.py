@@ -7,6 +7,7 @@ traced as usual.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -49,6 +50,16 @@ _DIFFERS = frozenset({torch.Tensor.__ne__, torch.Tensor.ne, torch.ne})
 
 def is_host(value: object) -> bool:
     return is_plain_host_tensor(value) and value.numel() <= MAX_HOST_ELEMENTS  # type: ignore[attr-defined]
+
+
+def _grows(tensors: list[torch.Tensor]) -> bool:
+    """Whether host tensors make data of each other: the distances of S positions from S others, say."""
+    if len(tensors) < 2 or math.prod(t.numel() for t in tensors) <= MAX_HOST_ELEMENTS:
+        return False
+    try:
+        return math.prod(torch.broadcast_shapes(*(t.shape for t in tensors))) > MAX_HOST_ELEMENTS
+    except RuntimeError:
+        return False
 
 
 def _makes_host_integers(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -163,7 +174,7 @@ class HostMode(TorchFunctionMode):
             return func(*args, **kwargs)
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         if tensors:
-            on_host = all(is_host(t) for t in tensors)
+            on_host = all(is_host(t) for t in tensors) and not _grows(tensors)
         else:
             on_host = _makes_host_integers(func, args, kwargs)
         if on_host:

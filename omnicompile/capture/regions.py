@@ -95,6 +95,8 @@ def _modalities(traced: TracedForward) -> dict[fx.Node, frozenset[str]]:
     for node in traced.graph.graph.nodes:
         if node.op == "placeholder":
             name = traced.inputs.get(node.name)
+            if traced.host_inputs.get(node.name) == "input_ids":  # token ids are text even where they are metadata
+                name = "input_ids"
             found[node] = frozenset([modality_of_input(name)]) if name is not None else frozenset()
         else:
             found[node] = frozenset().union(*(found[i] for i in node.all_input_nodes))

@@ -25,7 +25,8 @@ class TracedForward:
     node is the module that it was traced in.
 
     params / buffers: placeholder name -> name in the model. inputs: placeholder name -> name in the batch. constants:
-    placeholder name -> the real tensor that the trace burnt in. repeats: the layers that were traced once.
+    placeholder name -> the real tensor that the trace burnt in; host_inputs: those of them that are a host argument
+    itself -> its name. repeats: the layers that were traced once.
     """
 
     graph: fx.GraphModule
@@ -34,6 +35,7 @@ class TracedForward:
     inputs: dict[str, str]
     constants: dict[str, Tensor] = field(default_factory=dict)
     repeats: Repeats = field(default_factory=Repeats)
+    host_inputs: dict[str, str] = field(default_factory=dict)
 
 
 def find_loss(output: Any) -> Tensor:
@@ -213,7 +215,15 @@ def _trace(
         inputs=dict(zip(placeholders[len(tensors) :], traced)),
         constants=constants,
         repeats=repeats,
+        host_inputs=_host_inputs(constants, fixed),
     )
+
+
+def _host_inputs(constants: Mapping[str, Tensor], fixed: Mapping[str, Any]) -> dict[str, str]:
+    """Constants that are an argument, or a view of one: constant -> argument."""
+    arguments = {value.data_ptr(): name for name, value in fixed.items() if isinstance(value, Tensor)}
+    found = {name: arguments.get(tensor.data_ptr()) for name, tensor in constants.items() if type(tensor) is Tensor}
+    return {name: argument for name, argument in found.items() if argument is not None}
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,8 @@ def audio_layouts(facts: Facts, clips: int, frames: int) -> Iterator[dict[str, A
         given |= {
             n: torch.full((clips,), samples, device="cpu") for n in facts.arguments if n.endswith("sample_lengths")
         }
+        if "audio_embed_sizes" in facts.arguments:  # no less than all features of a clip
+            given["audio_embed_sizes"] = torch.full((clips,), frames, device="cpu")
         yield given
     if masks:
         for shape in shapes:

@@ -224,7 +224,10 @@ def _in_streams(ids: Tensor, streams: int) -> Tensor:
 
 
 def _host_names(kwargs: dict[str, Any]) -> set[str]:
-    return {n for n, v in kwargs.items() if isinstance(v, Tensor) and not v.is_floating_point()} - ORDINARY
+    integers = {n: v for n, v in kwargs.items() if isinstance(v, Tensor) and not v.is_floating_point()}
+    # Of four dimensions it is not about the text: it says which patches of each crop are no padding.
+    crops = {n for n, v in integers.items() if n == "image_attention_mask" and v.dim() == 4}
+    return (integers.keys() - ORDINARY) | crops
 
 
 def _checked_host_names(facts: Facts, kwargs: dict[str, Any], seq_len: int) -> set[str]:

@@ -136,6 +136,8 @@ def image_layouts(
     elif found.grid_argument is not None:
         yield from _packed(facts, found, images, grid)
     else:
+        if "image_attention_mask" in facts.arguments and first_value(facts.image_configs, "crop_size") is not None:
+            yield _crops(facts, found, images, grid)
         yield from _whole_images(facts, found, images, grid, rows, seq_len)
 
 
@@ -190,6 +192,16 @@ def _tiles(facts: Facts, found: ImageFacts) -> tuple[int, tuple[int, int]] | Non
     height, width = pair(pinpoints[0])
     tiles = -(-height // found.size[0]) * -(-width // found.size[1])
     return tiles + 1, (height, width)
+
+
+def _crops(facts: Facts, found: ImageFacts, images: int, grid: tuple[int, int]) -> dict[str, Any]:
+    """[images, 2, channels, height, width]: the overview and one crop of each, with the patches of both that count."""
+    size = _pixels(found, grid)
+    return {
+        found.pixels: FloatSpec((images, 2, found.channels, *size), facts.dtype),
+        "image_sizes": _long([list(size)] * images),
+        "image_attention_mask": _ones(images, 2, *grid),
+    }
 
 
 def _whole_images(
