@@ -1,4 +1,4 @@
-"""Dropout that does not depend on the layout: see dropout_op.py for which elements are dropped."""
+"""Dropout and uniform random numbers that do not depend on the layout: see dropout_op.py for how they are drawn."""
 
 from __future__ import annotations
 
@@ -19,12 +19,16 @@ from omnicompile.plan import Plan
 
 aten = torch.ops.aten
 KEYED_DROPOUT = torch.ops.omnicompile.dropout.default
+KEYED_UNIFORM = torch.ops.omnicompile.uniform.default
+KEYED = {KEYED_DROPOUT: dropout_op.dropout_expanded, KEYED_UNIFORM: dropout_op.uniform_expanded}
 _PLAIN, _CHANNELS = ("aten::dropout", "aten::native_dropout"), "aten::feature_dropout"
+_DRAWS = ("aten::rand", "aten::rand_like", "aten::uniform", "aten::bernoulli")
 _EXPERT_ROWS = torch.ops.omnicompile.expert_dispatch.default, torch.ops.omnicompile.expert_combine.default
 
 
 def replace_dropout_pass(program: RankProgram, plan: Plan | None = None) -> RankProgram:
-    """Replace dropout by `omnicompile::dropout`, each with a key that is an input.
+    """Replace dropout by `omnicompile::dropout`, and what is drawn uniformly, or by the toss of a coin, by
+    `omnicompile::uniform`; each with a key that is an input.
 
     Before: `y = dropout(x, 0.1, True)`. After: `y = omnicompile.dropout(x, dropout_key_0, rank_data, None, 0.1, 1, 1)`.
     Dropout of whole channels becomes a product with such a dropout of ones. Safe because the operator is pure: a
@@ -33,17 +37,18 @@ def replace_dropout_pass(program: RankProgram, plan: Plan | None = None) -> Rank
     """
     graph = program.gm.graph
     _refuse(graph)
-    found = [node for node in graph.nodes if drops(node)]
+    found = [node for node in graph.nodes if drops(node) or _draws(node)]
     if not found:
         return program
     batch = _of_the_batch(program)
     keys = [_placeholder(program, f"dropout_key_{i}", InputSpec(str(i), "dropout")) for i in range(len(found))]
     data_rank = _placeholder(program, "rank_data", InputSpec(BATCH_AXES, "rank"))
     for node, key in zip(found, keys):
-        _replace(node, key, data_rank if node in batch else None)
+        own = data_rank if node in batch or operator_name(node) == "aten::rand" else None
+        (_replace if drops(node) else _replace_draw)(node, key, own)
     graph.lint()
     program.gm.recompile()
-    program.log.append(f"dropout: {len(found)} keyed by place")
+    program.log.append(f"random operators: {len(found)} keyed by place")
     return program
 
 
@@ -55,6 +60,15 @@ def drops(node: fx.Node) -> bool:
         return False
     values = schema_values(node)
     return bool(values["p"]) and values["train"] is not False
+
+
+def _draws(node: fx.Node) -> bool:
+    return (
+        node.op == "call_function"
+        and isinstance(node.target, torch._ops.OpOverload)
+        and operator_name(node) in _DRAWS
+        and node.meta["val"].is_floating_point()
+    )
 
 
 def _refuse(graph: fx.Graph) -> None:
@@ -71,10 +85,10 @@ def _refuse(graph: fx.Graph) -> None:
         inside = any(source in rows for source in node.all_input_nodes) and node.target is not _EXPERT_ROWS[1]
         if node.target is _EXPERT_ROWS[0] or inside:
             rows.add(node)
-        if inside and drops(node):
+        if inside and (drops(node) or _draws(node)):
             raise LoweringError(
-                f"{operator_name(node)} in {module_of(node)} drops rows of an expert layer, whose order depends on the "
-                "layout: set this dropout probability to 0"
+                f"{operator_name(node)} in {module_of(node)} draws for rows of an expert layer, whose order depends on "
+                "the layout: set this dropout probability to 0"
             )
 
 
@@ -121,6 +135,30 @@ def _replace(node: fx.Node, key: fx.Node, data_rank: fx.Node | None) -> None:
     new.name = name
 
 
+def _replace_draw(node: fx.Node, key: fx.Node, data_rank: fx.Node | None) -> None:
+    values, value, name = schema_values(node), node.meta["val"], operator_name(node)
+    with node.graph.inserting_before(node):
+        if name == "aten::rand":
+            like = node.graph.call_function(
+                aten.zeros.default, (list(value.shape),), {"dtype": value.dtype, "device": value.device}
+            )
+            like.meta = dict(node.meta)
+        else:
+            like = _emit(node, aten.detach.default, values["self"])
+            if like.meta["val"].dtype != value.dtype:
+                like = _emit(node, aten.to.dtype, like, value.dtype)
+        new = _emit(node, KEYED_UNIFORM, like, key, data_rank, None, 1, 1)
+        if name == "aten::bernoulli":
+            p = values.get("p", like)
+            below = _emit(node, aten.lt.Tensor if isinstance(p, fx.Node) else aten.lt.Scalar, new, p)
+            new = _emit(node, aten.to.dtype, below, value.dtype)
+        elif name == "aten::uniform" and (values["from"], values["to"]) != (0.0, 1.0):
+            scaled = _emit(node, aten.mul.Tensor, new, values["to"] - values["from"])
+            new = _emit(node, aten.add.Tensor, scaled, values["from"])
+    node.replace_all_uses_with(new)
+    node.graph.erase_node(node)
+
+
 def _emit(like: fx.Node, function: Callable[..., Any], *args: Any) -> fx.Node:
     new = like.graph.call_function(function, args)
     new.meta = dict(like.meta)
@@ -129,18 +167,18 @@ def _emit(like: fx.Node, function: Callable[..., Any], *args: Any) -> fx.Node:
 
 
 def expand_dropout(gm: fx.GraphModule) -> fx.GraphModule:
-    """Write keyed dropout in plain operators, in place, for a compiler to fuse."""
-    found = gm.graph.find_nodes(op="call_function", target=KEYED_DROPOUT)
+    """Write operators keyed by place in plain ones, in place, for a compiler to fuse."""
+    found = [node for node in gm.graph.nodes if node.op == "call_function" and node.target in KEYED]
     for node in found:
-        node.target = dropout_op.dropout_expanded
+        node.target = KEYED[node.target]
     if found:
         gm.recompile()
     return gm
 
 
 class KeyedDropout(TorchFunctionMode):
-    """While active, a model run by one process drops what a lowered one drops on all its ranks together, given the
-    joined batch and the same seed: sites are numbered in the order of their calls. For comparisons."""
+    """While active, a model run by one process drops and draws what a lowered one does on all its ranks together, given
+    the joined batch and the same seed: sites are numbered in the order of their calls. For comparisons."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -151,17 +189,37 @@ class KeyedDropout(TorchFunctionMode):
             return self._elements(*args, **(kwargs or {}))
         if func in (functional.dropout1d, functional.dropout2d, functional.dropout3d):
             return self._channels(*args, **(kwargs or {}))
+        if func is torch.rand:
+            return self._uniform(torch.zeros(*args, **(kwargs or {})))
+        if func is torch.rand_like:
+            return self._uniform(torch.zeros_like(*args, **(kwargs or {})))
+        if func in (torch.bernoulli, Tensor.bernoulli, Tensor.bernoulli_):
+            return self._toss(func is Tensor.bernoulli_, *args, **(kwargs or {}))
+        if func is Tensor.uniform_:
+            return self._between(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+    def _key(self, device: torch.device) -> Tensor:
+        self.site += 1
+        return dropout_op.site_keys(self.seed, self.site)[-1].to(device)
+
+    def _uniform(self, like: Tensor) -> Tensor:
+        return dropout_op.uniform(like.detach(), self._key(like.device), None, None, 1, 1)
+
+    def _toss(self, in_place: bool, input: Tensor, p: float | Tensor | None = None) -> Tensor:
+        chance = (0.5 if in_place else input) if p is None else p
+        result = (self._uniform(input) < chance).to(input.dtype)
+        return input.copy_(result) if in_place else result
+
+    def _between(self, input: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
+        return input.copy_(self._uniform(input) * (high - low) + low)
 
     def _elements(
         self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False, train: bool = True
     ) -> Tensor:
         if not p or not (training and train):
             return input
-        key = dropout_op.site_keys(self.seed, self.site + 1)[self.site].to(input.device)
-        self.site += 1
-        place = torch.zeros((), dtype=torch.int64, device=input.device)
-        result = dropout_op.dropout(input, key, place, None, p, 1, 1)
+        result = dropout_op.dropout(input, self._key(input.device), None, None, p, 1, 1)
         return input.copy_(result) if inplace else result
 
     def _channels(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:

@@ -1,8 +1,8 @@
-"""`omnicompile::dropout`: which elements are dropped is a function of a key and of the element's place in the whole
-tensor, so that it does not depend on how the tensor is cut, nor on when or how often it is computed.
+"""`omnicompile::dropout` and `omnicompile::uniform`: random numbers that are a function of a key and of an element's
+place in the whole tensor, so that they do not depend on how it is cut, nor on when or how often they are computed.
 
-Place p of a site draws the first word of Philox2x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
-2011) with counter p and is dropped where that is below 2^32 times the probability. Every site of a graph has its own
+Place i of a site draws the first word of Philox2x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
+2011) with counter i, and is dropped where that is below 2^32 times the probability. Every site of a graph has its own
 64-bit key in every forward: Philox of the forward's seed, keyed by the number of the site. Places count through the
 row-major whole tensor, and on from one data rank's micro-batch to the next, as in the batch of all data ranks joined
 along its first dimension.
@@ -10,6 +10,7 @@ along its first dimension.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -45,10 +46,14 @@ def places(start: int, count: int, x: Tensor, data_rank: Tensor | None, rank: Te
     return local if data_rank is None else local + data_rank * (x.numel() * ranks)
 
 
+def words(key: Tensor, place: Tensor) -> Tensor:
+    """The random word in [0, 2^32) of each place."""
+    return philox(place & _WORD, ((place >> 32) ^ (key >> 32)) & _WORD, key & _WORD)[0]
+
+
 def keep_scaled(x: Tensor, key: Tensor, place: Tensor, p: float) -> Tensor:
     """x / (1 - p) where it is kept, 0 elsewhere; `place` has the shape of x."""
-    word, _ = philox(place & _WORD, ((place >> 32) ^ (key >> 32)) & _WORD, key & _WORD)
-    kept = word >= round(p * 2**32)
+    kept = words(key, place) >= round(p * 2**32)
     return torch.where(kept, x * (0.0 if p >= 1.0 else 1.0 / (1.0 - p)), 0.0)
 
 
@@ -92,3 +97,24 @@ def dropout_expanded(
     """The same in plain operators, for compilers to fuse with what is around it."""
     place = places(0, x.numel(), x, data_rank, rank, block, ranks)
     return keep_scaled(x, key, place.view(x.shape), p)
+
+
+@torch.library.custom_op("omnicompile::uniform", mutates_args=())
+def uniform(like: Tensor, key: Tensor, data_rank: Tensor | None, rank: Tensor | None, block: int, ranks: int) -> Tensor:
+    """Numbers in [0, 1) of the shape and dtype of this rank's piece `like`, without gradient. As many different ones
+    as the dtype has below 1 at equal distances, up to 2^32. The other arguments: see `dropout`."""
+    return uniform_expanded(like, key, data_rank, rank, block, ranks)
+
+
+@uniform.register_fake
+def _uniform_fake(like: Tensor, *_: Any) -> Tensor:
+    return like.new_empty(like.shape)
+
+
+def uniform_expanded(
+    like: Tensor, key: Tensor, data_rank: Tensor | None, rank: Tensor | None, block: int, ranks: int
+) -> Tensor:
+    """The same in plain operators."""
+    place = places(0, like.numel(), like, data_rank, rank, block, ranks)
+    bits = min(32, round(-math.log2(torch.finfo(like.dtype).eps)) + 1)
+    return ((words(key, place) >> (32 - bits)).to(like.dtype) * 2.0**-bits).view(like.shape)

@@ -129,6 +129,8 @@ class _Mutation:
             return self._emit(aten.full_like.default, (target, value), target)
         packet = getattr(aten, name.removesuffix("_"), None)
         overload = self.node.target._overloadname  # type: ignore[union-attr]
+        if (name, overload) == ("bernoulli_", "float"):
+            overload = "p"  # the only one that has another name out of place
         if packet is None or overload not in packet.overloads():
             raise LoweringError(
                 f"{operator_name(self.node)} in {module_of(self.node)} changes a tensor in place: write it out of place"

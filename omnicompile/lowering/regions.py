@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from omnicompile.passes.dropout import KEYED_DROPOUT
+from omnicompile.passes.dropout import KEYED
 
 Function = Callable[..., Any]
 Compile = Callable[[fx.GraphModule, bool], Function]
@@ -51,10 +51,10 @@ def _symbolic(node: fx.Node) -> bool:
 
 
 def is_compute(node: fx.Node) -> bool:
-    """An ATen operator, or dropout, on tensors whose results are tensors."""
+    """An ATen operator, or one keyed by place, on tensors whose results are tensors."""
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return False
-    if node.target.namespace not in ("aten", "prims") and node.target is not KEYED_DROPOUT:
+    if node.target.namespace not in ("aten", "prims") and node.target not in KEYED:
         return False
     return all(isinstance(value, Tensor) for value in _values(node))
 

@@ -71,15 +71,17 @@ def dropout(call: OpCall) -> list[Choice]:
     return pointwise(call)
 
 
-def keyed_dropout(call: OpCall) -> list[Choice]:
-    """`omnicompile::dropout`: each rank drops what is dropped of the whole at the places of its piece. Linear."""
-    own, shape = call.placement("x"), call.shape("x")
+def keyed(call: OpCall) -> list[Choice]:
+    """`omnicompile::dropout`, `uniform`: each rank draws what is drawn of the whole at the places of its piece. Dropout
+    is linear; what `uniform` draws does not depend on the values that it is like."""
+    name = "x" if call.has("x") else "like"
+    own, shape = call.placement(name), call.shape(name)
     if is_partial(own):
-        return [Choice({"x": PARTIAL}, (PARTIAL,))]
+        return [Choice({name: PARTIAL}, (PARTIAL if name == "x" else REPLICATE,))]
     if not isinstance(own, Shard) or own.ragged or not call.fits(shape, own):
         return []
     block = math.prod(shape[own.dim :]) // (own.outer * call.ranks)
-    return [Choice({"x": own}, (own,), {"rank": RANK, "block": block, "ranks": call.ranks})]
+    return [Choice({name: own}, (own,), {"rank": RANK, "block": block, "ranks": call.ranks})]
 
 
 def cat(call: OpCall) -> list[Choice]:
@@ -108,7 +110,8 @@ def creation(call: OpCall) -> list[Choice]:
 RULES: dict[str, Rule] = {
     **{f"aten::{name}": pointwise for name in _UNTAGGED},
     "aten::dropout": dropout,
-    "omnicompile::dropout": keyed_dropout,
+    "omnicompile::dropout": keyed,
+    "omnicompile::uniform": keyed,
     "aten::cat": cat,
     "aten::concat": cat,
     "aten::stack": cat,

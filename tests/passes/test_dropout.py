@@ -14,7 +14,7 @@ from omnicompile.errors import LoweringError
 from omnicompile.lowering.proof import prove
 from omnicompile.lowering.tiny import TinyModel
 from omnicompile.passes import lower_forward
-from omnicompile.passes.dropout_op import dropout, dropout_expanded, philox, site_keys
+from omnicompile.passes.dropout_op import dropout, dropout_expanded, philox, site_keys, uniform
 from omnicompile.passes.rank_program import RankProgram
 from omnicompile.passes.verifier import verify_lowering
 from omnicompile.plan import BlockPlan, Layout, Mesh, Plan, Sharding
@@ -109,6 +109,17 @@ class Dropping(nn.Module):
         return self.inner(input_ids, labels)
 
 
+class Drawing(nn.Module):
+    """Random depth in three ways of writing it, and noise, on [batch, s, h]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        ones = (x.shape[0], 1, 1)
+        x = x + x.sin() * (0.7 + torch.rand(ones, dtype=x.dtype, device=x.device)).floor_()
+        x = x + x.cos() * x.new_empty(ones).bernoulli_(0.6)
+        x = x * torch.bernoulli(torch.full_like(x, 0.9))
+        return x * torch.rand_like(x) + x * torch.empty_like(x).uniform_(0.9, 1.1)
+
+
 def joined(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
@@ -123,6 +134,25 @@ def test_loss_and_gradients_are_those_of_one_process(mesh: Mesh) -> None:
     result = run_parity(Dropping().double().train(), batches, mesh, block_plans(mesh, sharding), joined(batches))
     assert result.program.gm.code.count("omnicompile.dropout.default") == 4
     assert result.loss_error < 1e-9 and result.worst[1] < 1e-9
+
+
+@pytest.mark.parametrize("mesh", [Mesh(dp_shard=2, sp=2)], ids=str)
+def test_random_depth_and_noise_are_those_of_one_process(mesh: Mesh) -> None:
+    model = PlainModel().double().train()
+    model.layers.append(Drawing())
+    batches = [text_batch(seed, rows=2) for seed in range(mesh.data_ranks)]
+    result = run_parity(model, batches, mesh, block_plans(mesh), joined(batches))
+    assert result.program.gm.code.count("omnicompile.uniform.default") == 5
+    assert result.loss_error < 1e-9 and result.worst[1] < 1e-9
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_uniform_numbers(dtype: torch.dtype) -> None:
+    count = 1 << 20
+    x = uniform(torch.zeros(count, dtype=dtype), KEY, None, None, 1, 1)
+    assert x.dtype == dtype and x.min() >= 0 and x.max() < 1
+    edges = torch.histc(x.float(), 8, 0, 1) / count
+    assert (edges - 1 / 8).abs().max() < 4 * (7 / 64 / count) ** 0.5
 
 
 @pytest.mark.slow

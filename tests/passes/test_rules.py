@@ -64,6 +64,7 @@ EXAMPLES = [
     Example(aten.expand_as.default, (r(4, 1), r(4, 6))),
     Example(aten.dropout.default, (r(4, 6), 0.0, True)),
     Example(anchors.dropout.default, (r(2, 4, 6), torch.tensor(7), torch.tensor(1), None, 0.5, 1, 1), least=5),
+    Example(anchors.uniform.default, (r(2, 4, 6), torch.tensor(7), None, None, 1, 1), least=5),
     Example(aten.cat.default, ([r(4, 2), r(4, 4)], -1)),
     Example(aten.stack.default, ([r(4, 2), r(4, 2)], 1)),
     # views
