@@ -13,6 +13,8 @@ EXAMPLES = """\
 examples:
   omnicompile inspect examples/custom_model.py
   omnicompile inspect config.json --seq-len 32768 --images 4
+  omnicompile inspect model.py --formulas
+      FLOPs, bytes and memory of each block as formulas in the tokens, patches, sp, ep, dp_shard
   omnicompile inspect model.py --json
 """
 
@@ -20,6 +22,7 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_workload(parser)
+    parser.add_argument("--formulas", action="store_true", help="print FLOPs, bytes and memory as formulas")
     parser.add_argument("--json", action="store_true", help="print JSON for programs")
 
 
@@ -33,7 +36,11 @@ def run(args: argparse.Namespace) -> int:
 
         program = capture_program(source, workload, cache=source.cacheable and not args.no_cache, progress=show)
     values = program.symbol_values()
-    if args.json:
+    if args.formulas:
+        from omnicompile.report.formulas import formulas_json, formulas_text
+
+        emit(json.dumps(formulas_json(program), indent=2) if args.json else formulas_text(program))
+    elif args.json:
         from omnicompile.report.json_view import program_json
 
         emit(json.dumps(program_json(program, values), indent=2))
