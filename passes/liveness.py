@@ -1,8 +1,9 @@
 """Bytes alive at every node of a graph, by walking it once.
 
-A tensor's memory lives from the node that makes it to the last use of any view of it; what a collective reads lives until
-it is waited for. Inputs live all the time, since the caller holds them. While a node runs, what it reads and what it makes are both alive; temporaries inside a kernel
-are not seen. Equal to what torch's MemTracker measures when the graph is run.
+A tensor's memory lives from the node that makes it to the last use of any view of it; what a collective reads lives
+until it is waited for. Inputs live all the time, since the caller holds them. While a node runs, what it reads and what
+it makes are both alive; temporaries inside a kernel are not seen. Equal to what torch's MemTracker measures when the
+graph is run.
 """
 
 from __future__ import annotations

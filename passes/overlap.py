@@ -64,11 +64,12 @@ def overlap_pass(gm: fx.GraphModule, gradients: Sequence[str]) -> Overlapped:
 
     - The gather of a unit is launched while the unit before it computes, before the longest stretch of compute between
       other collectives of that unit (all-to-alls around attention or experts), so as not to stand in their way. It is
-      waited for before the unit's first use, or before the element-wise work that leads to it, so as not to cut a kernel.
-      At most two units' parameters are whole at a time.
+      waited for before the unit's first use, or before the element-wise work that leads to it, so as not to cut a
+      kernel. At most two units' parameters are whole at a time.
     - The gradients of a unit are cast to the dtype they are reduced in, and scattered, when the last of them is there
-      (and the kernel that it comes of has ended); they are waited for when those of the next unit are scattered, or at the
-      end. A gradient that could have been made a unit earlier is (that of an embedding, which autograd leaves to the end).
+      (and the kernel that it comes of has ended); they are waited for when a later unit's need the room, or at the end.
+      A gradient that was ready to be computed more than a unit earlier is computed then: that of an embedding,
+      which autograd leaves to the end.
     - Collectives of a unit over the same group become one coalesced call: one launch, no copies in or out, and each
       tensor is reduced as it would be alone.
 
@@ -125,8 +126,8 @@ class _Overlap:
         self.rows = balanced_rows(gm.graph)
         own = [node for node in self.nodes if _is_parameter_gather(node)]
         self.own_waits = {next(iter(node.users)) for node in own}
-        scatters = self._parameters_of_scatters()
-        self.moving = {*own, *self.own_waits, *scatters, *(user for node in scatters for user in node.users)}
+        self.names = self._parameters_of_scatters()
+        self.moving = {*own, *self.own_waits, *self.names, *(user for node in self.names for user in node.users)}
         self.places: dict[fx.Node, Place] = {}
         self.moved = 0
         self.made = 0
@@ -141,8 +142,8 @@ class _Overlap:
         before = sum(len(unit.launches) for unit in (*gathers, *scatters))
         for earlier, unit in zip((None, *gathers), gathers):
             self._gather(unit, earlier)
-        for unit, following in zip(scatters, (*scatters[1:], None)):
-            self._scatter(unit, following)
+        for unit, waited in zip(scatters, self._waited(scatters)):
+            self._scatter(unit, waited)
         self._reorder()
         return Overlapped(len(gathers), len(scatters), before, self.made)
 
@@ -215,17 +216,37 @@ class _Overlap:
         for number, unit in enumerate(_gather_units(self.graph, self.index, is_forward)):
             for node in unit.launches:
                 used_by.setdefault(str(node.meta.get("param")), []).append(number)
+        # of a tied parameter the last use is the first to have its gradient
+        numbers = {node: used_by[name].pop() if used_by.get(name) else -1 for node, name in self.names.items()}
         units: dict[int, _Unit] = {}
-        for node, name in self._parameters_of_scatters().items():
-            # of a tied parameter the last use is the first to have its gradient
-            number = used_by[name].pop() if used_by.get(name) else -1
-            unit = units.setdefault(number, _Unit(("", ""), self.index[node]))
+        for node, number in numbers.items():
+            unit = units.setdefault(number, _Unit(("", ""), 0))
             unit.launches.append(node)
-            unit.place = self._kernel_end(self.index[node])
+            unit.place = max(unit.place, self._kernel_end(self._ready(node, numbers)))
         by_place: dict[int, _Unit] = {}
         for unit in sorted(units.values(), key=lambda unit: unit.place):
             by_place.setdefault(unit.place, _Unit(unit.key, unit.place)).launches.extend(unit.launches)
         return list(by_place.values())
+
+    def _ready(self, node: fx.Node, numbers: Mapping[fx.Node, int]) -> int:
+        """Where a scatter can stand: where it does or, if what leads to nothing else could be computed before the
+        gradients of another unit or more, there. numbers: of the units."""
+        own, outside, stack = {node}, set[fx.Node](), [node]
+        while stack:
+            for source in stack.pop().all_input_nodes:
+                if source.op == "call_function" and all(user in own for user in source.users):
+                    own.add(source)
+                    stack.append(source)
+                else:
+                    outside.add(source)
+        ready = max(self.index[source] for source in outside - own)
+        between = {numbers[other] for other in numbers if ready < self.index[other] < self.index[node]}
+        if len(between - {numbers[node]}) < 2:
+            return self.index[node]
+        place = self._kernel_end(ready)
+        for item in sorted(own - {node}, key=self.index.__getitem__):
+            self._place(item, place, 1)
+        return place
 
     def _parameters_of_scatters(self) -> dict[fx.Node, str]:
         """Scatters that lead to nothing but one gradient in the output."""
@@ -242,15 +263,29 @@ class _Overlap:
                 found[node] = name
         return dict(sorted(found.items(), key=lambda item: self.index[item[0]]))
 
-    def _scatter(self, unit: _Unit, following: _Unit | None) -> None:
-        waited = len(self.nodes) - 1 if following is None else following.place
+    def _waited(self, units: list[_Unit]) -> list[int | None]:
+        """Where each unit's scatter is waited for; None: at the end. A unit waits until those before it leave room: no
+        more bytes are on their way at a time than a unit and the one before it have had by then."""
+        places: list[int | None] = [None] * len(units)
+        sizes = [
+            storages_bytes((s for node in unit.launches for s in node.all_input_nodes), self.rows) for unit in units
+        ]
+        oldest, room = 0, 0
+        for i, unit in enumerate(units):
+            room = max(room, sum(sizes[max(i - 1, 0) : i + 1]))
+            while sum(sizes[oldest : i + 1]) > room:
+                places[oldest] = unit.place
+                oldest += 1
+        return places
+
+    def _scatter(self, unit: _Unit, waited: int | None) -> None:
         late = sorted({item for node in unit.launches for item in _after(node)}, key=self.index.__getitem__)
         for node in sorted(self._casts(unit), key=self.index.__getitem__):
             self._place(node, unit.place, 2)
         for node in self._together(unit.launches):
             self._place(node, unit.place, 3)
         for node in late:
-            self._place(node, waited, 1 if following is not None else -1)
+            self._place(node, *((len(self.nodes) - 1, -1) if waited is None else (waited, 1)))
 
     def _casts(self, unit: _Unit) -> set[fx.Node]:
         """Casts, padding and views that only lead to the unit's scatters."""

@@ -22,7 +22,7 @@ from omnicompile.lowering.step_graph import trace_step
 from omnicompile.lowering.step_prices import Prices, counted, in_registers, kernels
 from omnicompile.lowering.tiny import Batch
 from omnicompile.passes import lower_forward
-from omnicompile.passes.liveness import Rows, balanced_rows, peak_bytes, tensor_bytes
+from omnicompile.passes.liveness import balanced_rows, peak_bytes, tensor_bytes
 from omnicompile.passes.rank_program import RankProgram
 from omnicompile.plan import Plan
 

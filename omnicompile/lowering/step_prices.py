@@ -1,7 +1,7 @@
 """The kernels of a step graph, and what each of them takes.
 
-Between collectives and anchors the graph is compiled (lowering/regions.py): element-wise work and reductions of a region
-become the kernels that `capture.fusion` makes of them, everything else is a kernel by itself.
+Between collectives and anchors the graph is compiled (lowering/regions.py): element-wise work and reductions of a
+region become the kernels that `capture.fusion` makes of them, everything else is a kernel by itself.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from omnicompile.capture.classify import CONVOLUTIONS, is_free
+from omnicompile.capture.classify import CONVOLUTIONS, MATMULS, is_free
 from omnicompile.capture.fusion import fuse, group_traffic
 from omnicompile.cluster import Cluster
 from omnicompile.cost_model.collectives import channel, collective_seconds
@@ -38,7 +38,6 @@ _COLLECTIVES = {
     _c10d.all_reduce.default: "all_reduce",
     _c10d.all_to_all_single.default: "all_to_all",
 }
-_PRODUCTS = (_aten.mm.default, _aten.bmm.default, _aten.addmm.default)
 _ATTENTION = (_oc.attention.default, _oc.attention_backward.default)
 _GROUPED = (_oc.grouped_mm.default, _oc.grouped_mm_weight.default)
 _ROWS_ONLY = (_aten.embedding.default, _aten.index.Tensor, _aten.index_select.default, _aten.gather.default)
@@ -146,7 +145,7 @@ class Prices:
     def seconds(self, kernel: Kernel) -> float:
         node = kernel.nodes[-1]
         if len(kernel.nodes) == 1:
-            if node.target in _PRODUCTS:
+            if node.target in MATMULS:
                 return self._product(node)
             if node.target in CONVOLUTIONS:
                 return self._convolution(node)
@@ -236,7 +235,7 @@ def _origin(node: fx.Node) -> str:
 
 
 def kind_of(node: fx.Node) -> str:
-    if node.target in _PRODUCTS or node.target in CONVOLUTIONS:
+    if node.target in MATMULS or node.target in CONVOLUTIONS:
         return "gemm"
     if node.target in _ATTENTION:
         return "attention"
