@@ -154,6 +154,13 @@ class HostMode(TorchFunctionMode):
         """Run what is not host metadata. Host tensors among the arguments enter the graph as constants here."""
         return func(*args, **kwargs)
 
+    def _as_data(self, value: Any) -> Any:
+        """A host tensor as a traced one of equal values: what only has constants for operands is run and not traced."""
+        if not is_host(value):
+            return value
+        zeros = self.traced(torch.zeros, (value.shape,), {"dtype": value.dtype, "device": "cpu"})
+        return self.traced(torch.logical_or if value.dtype == torch.bool else torch.add, (zeros, value), {})
+
     def _rows(self, func: Callable[..., Any], args: tuple[Any, ...], positions: torch.Tensor) -> Any:
         """`x[mask]` or `x[mask] = value` with a mask that stands for `positions` of x: all elements of those rows."""
         with outside_tracing():
@@ -174,7 +181,9 @@ class HostMode(TorchFunctionMode):
             return func(*args, **kwargs)
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         if tensors:
-            on_host = all(is_host(t) for t in tensors) and not _grows(tensors)
+            on_host = all(is_host(t) for t in tensors)
+            if on_host and _grows(tensors):
+                return self.traced(func, (self._as_data(args[0]), *args[1:]), kwargs)
         else:
             on_host = _makes_host_integers(func, args, kwargs)
         if on_host:
