@@ -37,19 +37,23 @@ IMAGE_TOKEN = 2000
 
 @dataclass(frozen=True)
 class Size:
-    """hidden: width of the text model. layers, tokens: of a rank's micro-batch. vocab: entries. patches: of images."""
+    """hidden: width of the text model and of the encoder. layers: of each. tokens, patches: of a rank's micro-batch.
+    vocab: entries. head: width of an attention head."""
 
     hidden: int
     layers: int
     tokens: int
     vocab: int = 2048
     patches: int = 256
+    head: int = 32
 
 
 CPU_SIZES = {"dense": Size(256, 8, 512), "vlm": Size(192, 4, 384), "moe": Size(192, 4, 384)}
 GPU_SIZES = {
-    "dense": Size(2048, 16, 8192, 32768), "vlm": Size(2048, 16, 8192, 32768, 4096), "moe": Size(2048, 8, 8192, 32768),
-}  # fmt: skip
+    "dense": Size(2048, 8, 4096, 32768, head=128),
+    "vlm": Size(2048, 4, 4096, 32768, 2048, head=128),
+    "moe": Size(2048, 4, 4096, 32768, head=128),
+}
 
 
 @dataclass
@@ -73,8 +77,8 @@ def build_model(kind: str, size: Size) -> nn.Module:
     torch.manual_seed(0)
     text = {
         "vocab_size": size.vocab, "hidden_size": size.hidden, "intermediate_size": 3 * size.hidden,
-        "num_hidden_layers": size.layers, "num_attention_heads": size.hidden // 32, "use_cache": False,
-        "num_key_value_heads": size.hidden // 64, "max_position_embeddings": 2 * size.tokens,
+        "num_hidden_layers": size.layers, "num_attention_heads": size.hidden // size.head, "use_cache": False,
+        "num_key_value_heads": size.hidden // (2 * size.head), "max_position_embeddings": 2 * size.tokens,
     }  # fmt: skip
     return _BUILDERS[kind](text, size).float().train()
 
@@ -88,17 +92,22 @@ def _dense(text: dict[str, Any], size: Size) -> nn.Module:
 def _moe(text: dict[str, Any], size: Size) -> nn.Module:
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": size.hidden, "head_dim": 32}
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": size.hidden, "head_dim": size.head}
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(**text, **experts, tie_word_embeddings=False))
 
 
 def _vlm(text: dict[str, Any], size: Size) -> nn.Module:
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
+    rope = {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "mrope_section": [size.head // 8, 3 * size.head // 16, 3 * size.head // 16],
+    }
     vision = {
-        "depth": size.layers, "embed_dim": size.hidden, "hidden_size": size.hidden, "num_heads": size.hidden // 32,
-        "mlp_ratio": 2, "patch_size": 8, "spatial_merge_size": 2, "temporal_patch_size": 2,
+        "depth": size.layers, "embed_dim": size.hidden, "hidden_size": size.hidden,
+        "num_heads": size.hidden // size.head, "mlp_ratio": 2, "patch_size": 8,
+        "spatial_merge_size": 2, "temporal_patch_size": 2,
     }  # fmt: skip
     tokens = {"image_token_id": IMAGE_TOKEN, "video_token_id": 2001, "vision_start_token_id": 2002}
     text = text | {"rope_parameters": rope, "bos_token_id": 1, "eos_token_id": 2}

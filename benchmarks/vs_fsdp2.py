@@ -114,8 +114,8 @@ def report(measured: dict[str, dict[str, dict[str, Any]]], facts: dict[str, str]
             continue
         lines += ["", f"## Relative to {base}", ""]
         lines += [
-            "| model | | step: median (quartiles) | forward and backward | peak memory |",
-            "|---|---|---|---|---|",
+            "| model | | step: median (quartiles) | forward and backward | CPU time | peak memory |",
+            "|---|---|---|---|---|---|",
         ]
         for row in chosen:
             cells = (row.model, row.name, row.step, row.forward_backward, row.cpu, f"{row.peak:.2f}")

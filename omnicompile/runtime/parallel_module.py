@@ -123,6 +123,11 @@ class ParallelModule(nn.Module):
         self._window = Window()
         self._pending: dict[str, Tensor] = {}
 
+    @property
+    def compilations(self) -> int:
+        """Graphs given to a compiler so far. Their number does not depend on the model's depth."""
+        return self.engine.compilations.count
+
     def forward(self, **batch: Any) -> Output:
         batch = self._with_labels(batch)
         params = list(self.store.local.values())
