@@ -125,9 +125,9 @@ class _Overlap:
         self.nodes = list(gm.graph.nodes)
         self.rows = balanced_rows(gm.graph)
         own = [node for node in self.nodes if _is_parameter_gather(node)]
-        self.own_waits = {next(iter(node.users)) for node in own}
         self.names = self._parameters_of_scatters()
-        self.moving = {*own, *self.own_waits, *self.names, *(user for node in self.names for user in node.users)}
+        self.own_waits = {user for node in (*own, *self.names) for user in node.users}
+        self.moving = {*own, *self.names, *self.own_waits}
         self.places: dict[fx.Node, Place] = {}
         self.moved = 0
         self.made = 0

@@ -1,0 +1,117 @@
+"""Parameters are gathered a layer ahead and gradients scattered a layer behind."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from omnicompile.passes.overlap import last_unit, overlap_pass
+from omnicompile.passes.segments import FORWARD
+from omnicompile.torch_compat import new_fake_mode
+
+_c10d = torch.ops._c10d_functional
+SHORT = {
+    _c10d.all_gather_into_tensor.default: "gather",
+    _c10d.all_gather_into_tensor_coalesced.default: "gather together",
+    _c10d.reduce_scatter_tensor.default: "scatter",
+    _c10d.reduce_scatter_tensor_coalesced.default: "scatter together",
+    _c10d.wait_tensor.default: "wait",
+    torch.ops.aten.mm.default: "mm",
+    torch.ops.aten._to_copy.default: "cast",
+}
+LAYERS = 3
+
+
+def step(x: Tensor, *shards: Tensor) -> tuple[Tensor, ...]:
+    """Layers of two products each, y = x @ a @ b, and a backward that gathers again but for the last layer."""
+
+    def gather(shard: Tensor) -> Tensor:
+        return _c10d.wait_tensor(_c10d.all_gather_into_tensor(shard, 2, "g"))
+
+    def scatter(grad: Tensor) -> Tensor:
+        return _c10d.wait_tensor(_c10d.reduce_scatter_tensor(grad.double(), "sum", 2, "g"))
+
+    seen, whole = [], []
+    for a, b in zip(shards[::2], shards[1::2]):
+        whole = [gather(a)]
+        middle = x @ whole[0]
+        whole.append(gather(b))
+        seen.append((x, middle))
+        x = middle @ whole[1]
+    loss, dy = x.sum(), torch.ones_like(x)
+    grads: list[Tensor] = []
+    for layer in reversed(range(LAYERS)):
+        x, middle = seen[layer]
+        last = layer == LAYERS - 1
+        b = whole[1] if last else gather(shards[2 * layer + 1])
+        grads.insert(0, scatter(middle.t() @ dy))
+        dy = dy @ b.t()
+        a = whole[0] if last else gather(shards[2 * layer])
+        grads.insert(0, scatter(x.t() @ dy))
+        dy = dy @ a.t()
+    return (loss, *grads, dy)
+
+
+def traced() -> fx.GraphModule:
+    mode = new_fake_mode()
+    with mode:
+        arguments = [torch.empty(8, 8), *(torch.empty(4, 8) for _ in range(2 * LAYERS))]
+    with mode:
+        gm = make_fx(step)(*arguments)
+    names = [node.name for node in gm.graph.find_nodes(op="placeholder")][1:]
+    turned = False
+    for node in gm.graph.nodes:
+        turned = turned or node.target is torch.ops.aten.ones_like.default
+        if node.op == "call_function" and not turned:
+            node.meta["phase"] = FORWARD
+        if node.target is _c10d.all_gather_into_tensor.default:
+            number = names.index(node.args[0].name)
+            stack = {"layer": (f"layers.{number // 2}", None)}
+            node.meta.update(role="param_gather", param=names[number], block="text", nn_module_stack=stack)
+    return gm
+
+
+def written(gm: fx.GraphModule) -> list[str]:
+    """Operators in order; views left out, and one `wait` for neighbouring ones."""
+    lines: list[str] = []
+    for node in gm.graph.nodes:
+        text = SHORT.get(node.target, "")
+        source = node.all_input_nodes[0] if node.all_input_nodes else None
+        if text == "wait":
+            launch = source.args[0] if source.target is operator.getitem else source
+            text = "wait for a " + ("gather" if "gather" in str(launch.target) else "scatter")
+        if text and not (text.startswith("wait") and lines and lines[-1] == text):
+            lines.append(text)
+    return lines
+
+
+def test_the_order_of_three_layers() -> None:
+    gm = traced()
+    placeholders = [node.name for node in gm.graph.find_nodes(op="placeholder")][1:]
+    assert last_unit(gm) == set(placeholders[-2:])
+    done = overlap_pass(gm, placeholders)
+    assert (done.gathers, done.scatters, done.collectives_before, done.collectives) == (5, 3, 16, 8)
+    forward = [
+        "gather together", "wait for a gather",
+        "gather together", "mm", "mm", "wait for a gather",
+        "gather together", "mm", "mm", "wait for a gather",
+        "gather together", "mm", "mm",
+    ]  # fmt: skip
+    backward = [
+        "mm", "mm", "mm", "cast", "cast", "scatter together", "mm", "wait for a gather",
+        "gather together", "mm", "mm", "mm", "cast", "cast", "scatter together", "mm", "wait for a gather",
+        "mm", "mm", "mm", "wait for a scatter", "cast", "cast", "scatter together", "mm", "wait for a scatter",
+    ]  # fmt: skip
+    assert written(gm) == forward + backward
+
+
+def test_a_gather_of_what_is_not_a_parameter_stays() -> None:
+    gm = traced()
+    for node in gm.graph.nodes:
+        node.meta.pop("role", None)
+    before = [line for line in written(gm) if "gather" in line]
+    overlap_pass(gm, [])
+    assert [line for line in written(gm) if "gather" in line] == before
