@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from omnicompile.errors import LoweringError
+from omnicompile.passes.no_ops import no_ops_pass
 from omnicompile.passes.overlap import last_unit, overlap_pass
 from omnicompile.passes.rank_program import RankProgram
 from omnicompile.passes.recompute import recompute_pass
@@ -82,6 +83,7 @@ def trace_step(program: RankProgram) -> StepGraph:
     gathers = gather_again(gm, freed - last_unit(gm))
     gradients = tuple(nodes[i].name for i in used)
     overlap_pass(gm, gradients)
+    no_ops_pass(gm)
     return StepGraph(gm, gradients, gathers, recomputed)
 
 
