@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,7 +46,7 @@ def remove_mutation_pass(program: RankProgram, plan: Plan | None = None) -> Rank
     removed = 0
     for node in list(program.gm.graph.nodes):
         if _mutates(node):
-            _Mutation(program.gm.graph, node).remove()
+            _Mutation(program.gm.graph, node, _names(program)).remove()
             removed += 1
     if removed:
         program.gm.graph.lint()
@@ -61,6 +61,12 @@ def _mutates(node: fx.Node) -> bool:
     arguments = node.target._schema.arguments
     info = arguments[0].alias_info if arguments else None
     return info is not None and info.is_write
+
+
+def _names(program: RankProgram) -> dict[str, str]:
+    kinds = {"buffer": "buffer", "input": "input", "host": "metadata of the batch"}
+    found = {name: f"{kinds[spec.kind]} {spec.name}" for name, spec in program.inputs.items() if spec.kind in kinds}
+    return found | {name: f"parameter {spec.name}" for name, spec in program.params.items()}
 
 
 def _short(node: fx.Node) -> str:
@@ -84,10 +90,11 @@ def _parent(node: fx.Node) -> fx.Node | None:
 
 @dataclass
 class _Mutation:
-    """Takes one in-place operator out of a graph."""
+    """Takes one in-place operator out of a graph. names: what placeholders are, for messages."""
 
     graph: fx.Graph
     node: fx.Node
+    names: Mapping[str, str]
     order: dict[fx.Node, int] = field(default_factory=dict)
 
     def remove(self) -> None:
@@ -104,6 +111,9 @@ class _Mutation:
             old.replace_all_uses_with(fresh, delete_user_cb=self._later(fresh))
         self.graph.erase_node(self.node)
 
+    def named(self, placeholder: fx.Node) -> str:
+        return self.names.get(placeholder.name, "an input or constant")
+
     def _later(self, fresh: fx.Node) -> Callable[[fx.Node], bool]:
         limit = self.order[self.node]
         return lambda user: self.order.get(user, -1) > limit and user is not fresh
@@ -117,7 +127,7 @@ class _Mutation:
     def _value(self, target: fx.Node) -> fx.Node:
         """What the mutated tensor holds afterwards."""
         name, args = _short(self.node), self.node.args
-        if name == "copy_":
+        if name == "copy_" or (name == "fill_" and isinstance(args[1], fx.Node)):
             source = args[1]
             assert isinstance(source, fx.Node)
             wanted = target.meta["val"]
@@ -149,7 +159,9 @@ class _Mutation:
             target, parent = parent, _parent(parent)
         if target.op != "call_function":
             raise LoweringError(
-                f"{operator_name(self.node)} in {module_of(self.node)} changes an input or buffer in place"
+                f"{operator_name(self.node)} in {module_of(self.node)} changes {self.named(target)} in place, which "
+                "ranks with other data would do differently: compute a new tensor, update it outside of the forward, "
+                "or put the module in eval() if it is a norm that keeps statistics"
             )
         return target
 

@@ -40,9 +40,10 @@ def _sharding(program: RankProgram, node: fx.Node) -> Sharding:
     found = {program.block_of(user).sharding for user in node.users} or {program.main_block().sharding}
     if len(found) > 1:
         name = program.params[node.name].name
+        blocks = {str(user.meta.get("block")): program.block_of(user).sharding for user in node.users}
+        texts = ", ".join(f"{block}: {sharding}" for block, sharding in sorted(blocks.items()))
         raise LoweringError(
-            f"parameter {name} is shared by blocks with different sharding ({', '.join(sorted(found))}): "
-            "give them the same"
+            f"parameter {name} is shared by blocks with different sharding ({texts}): give them the same sharding"
         )
     return found.pop()
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from omnicompile.errors import LoweringError
 from omnicompile.passes import collectives
@@ -148,7 +149,7 @@ class Propagation:
             elif node.target is operator.getitem:
                 self._getitem(node)
             else:
-                self._call(node)
+                self._call_of_known_size(node)
         for node in self.program.gm.graph.nodes:
             if node.target is torch.ops.aten.view.default:
                 # Pieces may have other strides than the whole had, so that a view of them may not exist.
@@ -237,6 +238,15 @@ class Propagation:
         (actual,) = self.actual[node]
         return self.virtual[node][0] if isinstance(actual, Replicate) else actual
 
+    def _call_of_known_size(self, node: fx.Node) -> None:
+        try:
+            self._call(node)
+        except GuardOnDataDependentSymNode as error:
+            raise LoweringError(
+                f"{operator_name(node)} in {module_of(node)} takes tensors whose size depends on the data, which "
+                "cannot be cut: keep the full size and mask it (torch.where)"
+            ) from error
+
     def _call(self, node: fx.Node) -> None:
         tensors = self._tensors(node)
         if any(t in self.active for t in tensors):
@@ -282,7 +292,7 @@ class Propagation:
         if is_random(node):
             raise LoweringError(
                 f"{operator_name(node)} in {module_of(node)} draws random numbers, which sp={self.ranks} ranks "
-                "would draw differently: set the dropout probability to 0"
+                "would draw differently: use dropout or torch.rand, which are keyed by place, or an input of the batch"
             )
         if is_mutating(node) and not whole:
             raise LoweringError(

@@ -38,13 +38,16 @@ class Model(nn.Module):
         return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
 
-class Wrapped(nn.Module):
+class Counting(Model):
+    """Changes a buffer in its forward."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.model = Model()
+        self.register_buffer("seen", torch.zeros(()))
 
-    def forward(self, **batch: Any) -> dict[str, Tensor]:
-        return {"loss": self.model(**batch)}
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        self.seen.add_(1)
+        return super().forward(input_ids, labels) + 0 * self.seen
 
 
 def distributed(model: nn.Module | None = None, sharding: Sharding = Sharding.FSDP, **options: Any) -> Any:
@@ -126,6 +129,7 @@ def differ() -> None:
     told("dtype", lambda: module(**(batch | {"labels": batch["labels"].int()} if odd else batch)))
     told("keys", lambda: module(**({"input_ids": batch["input_ids"]} if odd else batch)))
     told("targets", module.count_targets, [text_batch(0, length=40 if odd else 32)])
+    told("buffer", distributed, Counting())
     step(module, 1)
     print("trained: on", flush=True)
 

@@ -101,6 +101,7 @@ EXPECTED = {
     "example": ("disagree on the shapes of the example batch", "(1, 32)", "(1, 48)", "of the same budget"),
     "options": ("disagree on the options", "'segments 9'", "'segments 8'"),
     "versions": ("disagree on the versions", "rank 1 has 'torch 3", "same versions on every host"),
+    "buffer": ("changes buffer seen in place", "compute a new tensor"),
     "rows": ("disagree on the shapes of the batch", "(1, 32)", "(2, 32)", "pad the batches of all ranks"),
     "dtype": ("disagree on the shapes of the batch", "torch.int64", "torch.int32"),
 }
