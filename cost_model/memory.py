@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from omnicompile.cost_model.hardware import Hardware
 from omnicompile.cost_model.step_layout import Groups
-from omnicompile.cost_model.step_units import StepOptions
+from omnicompile.cost_model.step_units import MASTER_BYTES, StepOptions
 from omnicompile.program import Program, Segment
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ Table = NDArray[np.float64]
 
 KINDS = ("parameters", "gradients", "optimizer", "activations", "temporaries", "gathered parameters", "buffers")
 _ACTIVATIONS, _TEMPORARIES, _GATHERED, _BUFFERS, _GRADIENTS = 3, 4, 5, 6, 1
-MASTER_BYTES, MOMENT_BYTES = 4, 8
+MOMENT_BYTES = 8
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,8 @@ def merge(pieces: Iterable[Piece]) -> Chain:
     return tuple(merged)
 
 
-def attention_exchange_bytes(op: OpNumbers, sp: int) -> tuple[float, float]:
-    """Bytes of one rank's all-to-all buffers around attention under Ulysses: (query, key and value; output).
+def attention_exchange_bytes(op: OpNumbers, sp: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Bytes of one rank's all-to-all buffers around attention under Ulysses: ((query, key, value), (output,)).
 
     With more ranks than key/value heads, each of those heads is sent to sp / kv_heads ranks.
     """
@@ -41,8 +41,9 @@ def attention_exchange_bytes(op: OpNumbers, sp: int) -> tuple[float, float]:
     kv_heads = max(shape.kv_heads, sp)
     output = op.q_tokens * shape.heads * shape.v_head_dim * ACTIVATION_BYTES / sp
     query = op.q_tokens * shape.heads * shape.head_dim * ACTIVATION_BYTES / sp
-    key_value = op.kv_tokens * kv_heads * (shape.head_dim + shape.v_head_dim) * ACTIVATION_BYTES / sp
-    return query + key_value, output
+    key = op.kv_tokens * kv_heads * shape.head_dim * ACTIVATION_BYTES / sp
+    value = op.kv_tokens * kv_heads * shape.v_head_dim * ACTIVATION_BYTES / sp
+    return (query, key, value), (output,)
 
 
 def expert_exchange_bytes(op: OpNumbers, split: Split) -> float:
@@ -64,9 +65,11 @@ def op_chain(
             inward, outward = attention_exchange_bytes(op, split.heads)
             if op.op.phase is Phase.BACKWARD:
                 inward, outward = outward, inward
-            pieces += prices.collective("all_to_all", inward, groups.sequence)
+            for nbytes in inward:
+                pieces += prices.collective("all_to_all", nbytes, groups.sequence)
             pieces.append(compute)
-            pieces += prices.collective("all_to_all", outward, groups.sequence)
+            for nbytes in outward:
+                pieces += prices.collective("all_to_all", nbytes, groups.sequence)
             continue
         if experts and i == experts[0]:
             pieces += prices.collective("all_to_all", expert_exchange_bytes(op, split), groups.experts)

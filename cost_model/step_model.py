@@ -18,6 +18,7 @@ from omnicompile.cost_model.step_units import (
     UnitWork,
     edge_pieces,
     op_seconds,
+    replica_sums,
     unit_weights,
     unit_work,
 )
@@ -41,10 +42,12 @@ class BlockWork:
 
 @dataclass(frozen=True)
 class BlockWeights:
-    """What a block's parameters cost. units: by segment name. optimizer: kernel seconds of the update; optimizer_copy:
-    host transfers of it, one way. static: bytes of parameters, gradients and optimizer state."""
+    """What a block's parameters cost. units: by segment name. replicas: sums of gradients over replicas, after the last
+    micro-step. optimizer: kernel seconds of the update; optimizer_copy: host transfers of it, one way. static: bytes of
+    parameters, gradients and optimizer state."""
 
     units: dict[str, UnitWeights]
+    replicas: Chain
     optimizer: float
     optimizer_copy: float
     static: StaticMemory
@@ -185,12 +188,13 @@ class StepModel:
         units = self._unit_weights(name, plan, groups, options, frozen)
         static = static_memory(segments, groups, options, name not in frozen, offload_optimizer)
         if not static.trained_numel:
-            return BlockWeights(units, 0.0, 0.0, static)
+            return BlockWeights(units, (), 0.0, 0.0, static)
+        replicas = replica_sums(segments, groups, options, self.prices)
         update = self.prices.memory(static.trained_numel * OPTIMIZER_BYTES)
         if not offload_optimizer:
-            return BlockWeights(units, update, 0.0, static)
+            return BlockWeights(units, replicas, update, 0.0, static)
         copy = self.prices.host_copy(static.trained_numel * options.reduce_bytes)
-        return BlockWeights(units, 0.0, max(update, copy), static)
+        return BlockWeights(units, replicas, 0.0, max(update, copy), static)
 
     def _unit_weights(
         self, name: str, plan: BlockPlan, groups: Groups, options: StepOptions, frozen: frozenset[str]

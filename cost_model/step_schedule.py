@@ -150,6 +150,7 @@ class _Builder:
             waits += (Dep("offload", 2),)
         body.issue("begin", Piece("compute", 0.0, "compute"), waits, alloc=unit.work.forward_peak)
         chain, window = contend(unit.work.forward, unit.weights.gather, self._contention)
+        chain, window = (*_cast(unit.weights.cast), *chain), window + len(_cast(unit.weights.cast))
         end = self._chain_tasks(body, chain, window, execution.following)
         kept = unit.work.saved + unit.work.host
         body.issue("end", Piece("compute", 0.0, "compute"), end, alloc=kept, free=_forward_free(execution))
@@ -194,7 +195,9 @@ class _Builder:
         prefetched = following if following is not None and following.weights.regather else None
         beside = (weights.gather if weights.regather else ()) + weights.reduce
         chain, window = contend(work.backward, beside, self._contention)
-        end = self._chain_tasks(body, work.again + chain, len(work.again) + window, prefetched)
+        first = _cast(weights.cast if weights.regather else 0.0) + work.again
+        chain = first + chain + _cast(weights.gradient_cast)
+        end = self._chain_tasks(body, chain, len(first) + window, prefetched)
         freed = peak + work.saved + work.host + weights.gathered
         body.issue("end", Piece("compute", 0.0, "compute"), end, alloc=weights.reducing, free=freed)
         if following is not None and following.work.host_seconds:
@@ -204,7 +207,7 @@ class _Builder:
         self._finish(body, execution)
 
     def _reduce(self, body: _Body, unit: UnitCost) -> None:
-        pieces = unit.weights.reduce_last if self._last else unit.weights.reduce
+        pieces = unit.weights.reduce
         previous = "end"
         for i, piece in enumerate(pieces):
             free = unit.weights.reducing if i == len(pieces) - 1 else 0.0
@@ -248,8 +251,14 @@ class _Builder:
         self._chain_end = f"{self._add(body, 1)}.end"
 
     def _optimizer(self) -> None:
-        """The update of each block, once every gradient is reduced."""
+        """The update of each block, once every gradient is reduced: over replicas too, one block after the other."""
         waits = tuple(Dep(name) for name in (*self._ends.values(), self._chain_end))
+        for block, cost in self._blocks.items():
+            if cost.weights.replicas:
+                body = _Body(block)
+                for i, piece in enumerate(cost.weights.replicas):
+                    waits = (Dep(body.issue(f"replicas{i}", piece, waits)),)
+                waits = (Dep(f"{self._add(body, 1)}.{waits[0].name}"),)
         for block, cost in self._blocks.items():
             body = _Body(block)
             if cost.weights.optimizer:
@@ -260,6 +269,10 @@ class _Builder:
                 body.issue("weights in", transfer, (Dep("gradients out"),))
             if body.tasks:
                 self._add(body, 1)
+
+
+def _cast(seconds: float) -> Chain:
+    return (Piece("compute", seconds, "compute"),) if seconds else ()
 
 
 def _forward_free(execution: _Execution) -> float:

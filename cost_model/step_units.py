@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from omnicompile.cost_model import step_chain
 from omnicompile.cost_model.step_chain import LOSS_CHUNK_ROWS, Chain
 from omnicompile.cost_model.step_layout import Gradient, Groups, Split
 from omnicompile.cost_model.step_numbers import SegmentNumbers
-from omnicompile.cost_model.step_price import Prices
+from omnicompile.cost_model.step_price import Piece, Prices
 from omnicompile.plan import BlockPlan, LossHead
 from omnicompile.program import OpKind, Recompute, Segment
+
+MASTER_BYTES = 4
+"""Of a float32 master weight."""
 
 LOGIT_BYTES = 10
 """Per logit of a chunk in the chunked loss head: bf16 logits and their gradient, float32 probabilities, scratch."""
@@ -54,7 +58,8 @@ class UnitWeights:
     """What an instance's parameters cost: depends on sharding, reshard and ep, not on activations.
 
     gather: all-gathers before use, again before the backward if `regather`. reduce: after the backward of every
-    micro-step; reduce_last: of the last one, sums over replicas included.
+    micro-step. cast: seconds to bring master shards to compute precision before they are gathered; gradient_cast:
+    whole gradients to the precision in which they are reduced.
     Bytes on one GPU: gathered: whole parameters in compute precision (0 where they are resident); gradient: whole
     gradients before reduction; reducing: the buffer being reduced.
     """
@@ -62,7 +67,8 @@ class UnitWeights:
     gather: Chain
     regather: bool
     reduce: Chain
-    reduce_last: Chain
+    cast: float
+    gradient_cast: float
     gathered: float
     gradient: float
     reducing: float
@@ -98,11 +104,14 @@ def unit_work(
         ops, times = step_chain.pick(indices, numbers, seconds)
         return step_chain.op_chain(ops, times, split, groups, prices, kind)
 
-    saved, recomputed = _kept(numbers, policy, gradient, split, chunked)
+    saved, recomputed = _kept(numbers, policy, gradient, split)
     forward_peak, backward_peak = numbers.forward_peak / split.tokens, numbers.backward_peak / split.tokens
     if chunked and segment.logits is not None:
         rows = min(LOSS_CHUNK_ROWS, numbers.logit_rows / split.tokens)
         forward_peak = backward_peak = rows * segment.logits[1] * LOGIT_BYTES
+    elif segment.logits is not None:  # logits and their gradient: forward and backward of the loss are one kernel
+        rows = numbers.logit_rows / split.tokens
+        forward_peak = backward_peak = rows * segment.logits[1] * 2 * step_chain.ACTIVATION_BYTES
     host = saved if plan.offload and segment.role not in ("embed", "head") else 0.0
     return UnitWork(
         forward=chain(step_chain.forward_indices(numbers), "compute"),
@@ -135,13 +144,11 @@ def _again(
     return step_chain.op_chain(ops, times, split, groups, prices, "recompute")
 
 
-def _kept(
-    numbers: SegmentNumbers, policy: Recompute, gradient: Gradient, split: Split, chunked: bool
-) -> tuple[float, float]:
+def _kept(numbers: SegmentNumbers, policy: Recompute, gradient: Gradient, split: Split) -> tuple[float, float]:
     """Bytes saved for the backward, and bytes that the recompute recreates."""
     if not gradient.any:
         return 0.0, 0.0
-    if chunked:  # input gradients are computed with the loss, so nothing but them waits for the backward
+    if numbers.segment.logits is not None:  # of a chunk or of all tokens, gradients are computed with the loss
         return numbers.input_bytes / split.tokens, 0.0
     by_policy = numbers.saved if gradient.weight else numbers.saved_frozen
     saved, everything = by_policy[policy] / split.tokens, by_policy[Recompute.NONE] / split.tokens
@@ -153,12 +160,14 @@ def unit_weights(
 ) -> UnitWeights:
     dense, expert = all_params(segment)
     local = dense + expert / groups.experts.size
-    reduce, reduce_last = _reductions(segment, gradient, groups, options, prices)
     return UnitWeights(
         gather=_gather(segment, groups, options, prices),
         regather=plan.reshard and gradient.any,
-        reduce=reduce,
-        reduce_last=reduce_last,
+        reduce=_reductions(segment, gradient, groups, options, prices),
+        cast=_casts(segment, groups, MASTER_BYTES, options.param_bytes, True, prices),
+        gradient_cast=_casts(segment, groups, options.param_bytes, options.reduce_bytes, False, prices)
+        if gradient.weight
+        else 0.0,
         gathered=0.0 if groups.resident else local * options.param_bytes,
         gradient=local * options.param_bytes if gradient.weight else 0.0,
         reducing=local * options.reduce_bytes if gradient.weight and not groups.resident else 0.0,
@@ -194,21 +203,42 @@ def _gather(segment: Segment, groups: Groups, options: StepOptions, prices: Pric
     )
 
 
-def _reductions(
-    segment: Segment, gradient: Gradient, groups: Groups, options: StepOptions, prices: Prices
-) -> tuple[Chain, Chain]:
-    """Gradient reductions of an ordinary micro-step and of the last one, which also sums over replicas."""
+def _reductions(segment: Segment, gradient: Gradient, groups: Groups, options: StepOptions, prices: Prices) -> Chain:
+    """Gradient reductions of a micro-step; sums over replicas come after the last one (`replica_sums`)."""
     if not gradient.weight:
-        return (), ()
+        return ()
     dense, expert = all_params(segment)
     dense_bytes, expert_bytes = dense * options.reduce_bytes, expert / groups.experts.size * options.reduce_bytes
-    scatter = prices.collective("reduce_scatter", dense_bytes, groups.shard) + prices.collective(
+    return prices.collective("reduce_scatter", dense_bytes, groups.shard) + prices.collective(
         "reduce_scatter", expert_bytes, groups.expert_shard
     )
-    replicas = prices.collective("all_reduce", dense_bytes / groups.shard.size, groups.replica) + prices.collective(
-        "all_reduce", expert_bytes / groups.expert_shard.size, groups.expert_replica
+
+
+def replica_sums(segments: Sequence[Segment], groups: Groups, options: StepOptions, prices: Prices) -> Chain:
+    """Gradients of equal shards are summed once the last backward is over, in one buffer for each group of replicas."""
+    expert = sum(s.expert_param_count * s.count for s in segments)
+    dense = sum(s.param_count * s.count for s in segments) - expert
+    dense_bytes = dense * options.reduce_bytes / groups.shard.size
+    expert_bytes = expert * options.reduce_bytes / (groups.experts.size * groups.expert_shard.size)
+    sums = prices.collective("all_reduce", dense_bytes, groups.replica)
+    sums += prices.collective("all_reduce", expert_bytes, groups.expert_replica)
+    packed = (dense_bytes if not groups.replica.trivial else 0) + (
+        expert_bytes if not groups.expert_replica.trivial else 0
     )
-    return scatter, scatter + replicas
+    return (*sums, Piece("compute", prices.memory(4 * packed), "compute")) if sums else ()
+
+
+def _casts(segment: Segment, groups: Groups, before: int, after: int, shards: bool, prices: Prices) -> float:
+    """Seconds to cast each parameter from `before` to `after` bytes an element, its shard or the whole of it."""
+    if before == after:
+        return 0.0
+    seconds = 0.0
+    for param in segment.params:
+        numel = param.numel / groups.experts.size if param.expert else param.numel
+        if shards:
+            numel /= (groups.expert_shard if param.expert else groups.shard).size
+        seconds += prices.memory(numel * (before + after))
+    return seconds
 
 
 def _exchange_buffers(numbers: SegmentNumbers, split: Split, groups: Groups) -> float:
@@ -216,7 +246,8 @@ def _exchange_buffers(numbers: SegmentNumbers, split: Split, groups: Groups) -> 
     largest = 0.0
     for op in numbers.ops:
         if op.op.attention is not None and split.heads > 1:
-            largest = max(largest, *step_chain.attention_exchange_bytes(op, split.heads))
+            inward, outward = step_chain.attention_exchange_bytes(op, split.heads)
+            largest = max(largest, *inward, *outward)
         elif op.op.kind is OpKind.GROUPED_GEMM and op.op.experts is not None and not groups.experts.trivial:
             largest = max(largest, step_chain.expert_exchange_bytes(op, split))
     return largest

@@ -133,7 +133,7 @@ class TableMaker:
         return _concatenate(parts)
 
     def _combine(self, block: str, work: _WorkTable, weights: BlockWeights, plan: BlockPlan) -> BlockTable:
-        ending = weights.optimizer + 2 * weights.optimizer_copy
+        ending = weights.optimizer + 2 * weights.optimizer_copy + sum(piece.seconds for piece in weights.replicas)
         bounds = self._bounds(block, work, weights) + np.repeat([0.0, ending], BOUNDS // 2)
         memory = work.memory + self.memory.weights_bytes(block, weights, plan.reshard).sum(axis=0)
         hsdp = np.full(len(memory), plan.sharding is Sharding.HSDP)
@@ -203,7 +203,7 @@ def _work_row(unit: UnitWork) -> list[float]:
 def _weight_row(unit: UnitWeights) -> list[float]:
     gather = _by_stream(unit.gather)[1:]
     regather = gather if unit.regather else (0.0, 0.0)
-    return [*gather, *regather, *_by_stream(unit.reduce)[1:], *_by_stream(unit.reduce_last)[1:]]
+    return [*gather, *regather, *_by_stream(unit.reduce)[1:], *_by_stream(unit.reduce)[1:]]
 
 
 def _run_bounds(work: Array, weights: Array, shape: _Shape, contention: float) -> tuple[Array, Array]:

@@ -62,7 +62,7 @@ def test_replicated_parameters_only_reduce() -> None:
     program = synthetic.dense_lm()
     step = step_of(program, make_plan(program, Mesh(dp_shard=16), sharding=Sharding.REPLICATE))
     assert counts(step, "all_gather") == counts(step, "reduce_scatter") == 0
-    assert counts(step, "all_reduce") == 34
+    assert counts(step, "all_reduce") == 1  # once the backward is over, in one buffer
 
 
 def test_hybrid_sharding_reduces_over_replicas_in_the_last_micro_step_only() -> None:
@@ -70,7 +70,7 @@ def test_hybrid_sharding_reduces_over_replicas_in_the_last_micro_step_only() -> 
     plan = make_plan(program, Mesh(dp_replicate=2, dp_shard=8), accumulation=4, sharding=Sharding.HSDP)
     step = step_of(program, plan)
     kinds = {task.kind for loop in step.micro.loops for task in loop.tasks}
-    assert counts(step, "all_reduce") == 34 and step.accumulation == 4
+    assert counts(step, "all_reduce") == 1 and step.accumulation == 4
     assert "reduce_scatter" in kinds and "all_reduce" not in kinds and "optimizer" not in kinds
 
 
