@@ -34,11 +34,13 @@ _PROBE_LENGTH = 4096
 @dataclass(frozen=True)
 class TinyModel:
     """model: on CPU, in train mode, with random weights. batch: a batch for data rank r; all have equal shapes, other
-    values and other numbers of targets. notes: what differs from the user's model."""
+    values and other numbers of targets. notes: what differs from the user's model. even: such batches in which images
+    have one shape on all ranks, where `batch` has them in other ones; a model may have another graph for each shape."""
 
     model: nn.Module
     batch: Callable[[int], Batch]
     notes: tuple[str, ...] = ()
+    even: Callable[[int], Batch] | None = None
 
 
 def tiny_copy(source: ModelSource, dtype: torch.dtype | None = None) -> TinyModel:
@@ -119,7 +121,7 @@ def _shrunk(original: PreTrainedModel, dtype: torch.dtype | None) -> TinyModel:
             notes = [f"{size / 1e6:.2g} M parameters", str(wanted).removeprefix("torch."), "dropout off"]
             if level is not LEVELS[0]:
                 notes.append(f"only {', '.join(sorted(level))} made smaller ({failures[0]})")
-            return TinyModel(model, batch, tuple(notes))
+            return TinyModel(model, batch, tuple(notes), _later(lambda m=model, w=wanted: _batches(m, w, even=True)))
     raise CaptureError(f"no tiny copy of {type(original).__name__} runs: {failures[0]}")
 
 
@@ -154,8 +156,12 @@ def _check_runs(model: nn.Module, batch: Batch) -> None:
         raise CaptureError("the tiny copy gives no finite loss")
 
 
-def _batches(model: nn.Module, dtype: torch.dtype) -> Callable[[int], Batch]:
-    """Batches by data rank, with two images and two clips where the model takes them."""
+def _later(make: Callable[[], Callable[[int], Batch]]) -> Callable[[int], Batch]:
+    return lambda rank: make()(rank)
+
+
+def _batches(model: nn.Module, dtype: torch.dtype, even: bool = False) -> Callable[[int], Batch]:
+    """Batches by data rank, with two images and two clips where the model takes them. even: images of one shape."""
     limits = input_constraints(model)
     images, audio = limits.images, limits.audio
     grid = images.nearest_grid(1, 1) if images is not None else None
@@ -176,7 +182,7 @@ def _batches(model: nn.Module, dtype: torch.dtype) -> Callable[[int], Batch]:
     length = min(longest, -(-needed // _MULTIPLE) * _MULTIPLE)
 
     def batch(rank: int) -> Batch:
-        turned = rank % 2 == 1 and images is not None and images.packed
+        turned = rank % 2 == 1 and images is not None and images.packed and not even
         return _varied(_real(inputs(length, turned).kwargs, dtype, rank), rank)
 
     return batch

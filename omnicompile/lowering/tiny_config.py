@@ -17,6 +17,9 @@ LEVELS: tuple[frozenset[str], ...] = (
     frozenset({"layers", "experts", "vocabulary", "mlp", "width", "image"}),
     frozenset({"layers", "experts", "vocabulary", "mlp", "width"}),
     frozenset({"layers", "experts", "mlp", "width"}),
+    # All widths by one factor: a projector may take several patches side by side.
+    frozenset({"layers", "experts", "vocabulary", "mlp", "width", "image", "ratios"}),
+    frozenset({"layers", "experts", "vocabulary", "mlp", "width", "ratios"}),
     # Heads keep their width, and there are fewer of them: sizes of rotary sections may lie in the model's code.
     frozenset({"layers", "experts", "vocabulary", "mlp", "width", "image", "whole heads"}),
     frozenset({"layers", "experts", "vocabulary", "mlp", "width", "whole heads"}),
@@ -36,6 +39,7 @@ _WIDTH = re.compile(
     r"(hidden_size|embed_dim|d_model|n_embd|hidden_dim|embedding_size|output_dim|out_dim|proj_dim|projection_dim|width"
     r"|projector_dim|projection_size|model_dim|hidden_channels)$|^dim$"
 )
+_HIDDEN = frozenset({"hidden_size", "embed_dim", "d_model", "n_embd"})
 _MLP = re.compile(r"(intermediate_size|ffn_dim|mlp_dim|n_inner|ffn_hidden_size|feedforward|dim_ff|inner_dim)$")
 _EXPERTS = re.compile(r"experts$")
 _CHOSEN = re.compile(r"experts_per_tok|per_token|top_?k$|selected_experts")
@@ -52,15 +56,23 @@ class _Sizes:
     head_dim: tuple[int, int] | None
     layers: tuple[int, int] | None
     width: int = WIDTH
+    factor: float = 0.0  # of all widths, where their ratios are kept
 
 
 def shrink(config: Any, what: frozenset[str]) -> Any:
     """A tiny copy of `config`. what: one of `LEVELS`. Randomness (dropout, jitter) is switched off."""
     small = copy.deepcopy(config)
     ids = _token_ids(small) if "vocabulary" in what else {}
+    factor = _width_factor(small) if "ratios" in what else 0.0
     for node in _configs(small):
-        _shrink_one(node, what, ids)
+        _shrink_one(node, what, ids, factor)
     return small
+
+
+def _width_factor(config: Any) -> float:
+    """What makes the narrowest of all hidden sizes the tiny one."""
+    widths = [v for node in _configs(config) for n, v in vars(node).items() if n in _HIDDEN and _number(v)]
+    return min(1.0, WIDTH / min(widths, default=WIDTH))
 
 
 def _configs(config: Any) -> Iterator[Any]:
@@ -86,9 +98,9 @@ def _number(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _shrink_one(node: Any, what: frozenset[str], ids: dict[int, int]) -> None:
+def _shrink_one(node: Any, what: frozenset[str], ids: dict[int, int], factor: float) -> None:
     fields = dict(vars(node))
-    sizes = _sizes(fields, what)
+    sizes = _sizes(fields, what, factor)
     for name, value in fields.items():
         if name.startswith("_"):
             continue
@@ -113,7 +125,7 @@ def _keep_expansion(node: Any, before: dict[str, Any]) -> None:
             setattr(node, dim, factor * node.hidden_size // getattr(node, heads))
 
 
-def _sizes(fields: dict[str, Any], what: frozenset[str]) -> _Sizes:
+def _sizes(fields: dict[str, Any], what: frozenset[str], factor: float) -> _Sizes:
     heads = next((v for n, v in fields.items() if _HEADS.search(n) and not _KEY_HEADS.search(n) and _number(v)), None)
     width = next((v for n, v in fields.items() if _WIDTH.search(n) and _number(v) and heads and v % heads == 0), None)
     embed = fields.get("embed_dim")
@@ -123,19 +135,23 @@ def _sizes(fields: dict[str, Any], what: frozenset[str]) -> _Sizes:
     layers = next((v for n, v in fields.items() if _LAYERS.search(n) and _number(v) and v > 1), None)
     few = (layers, _few_layers(fields, layers)) if layers is not None else None
     if "width" not in what or heads is None:
-        return _Sizes(None, None, few)
+        return _Sizes(None, None, few, WIDTH, factor)
     tiny_heads = 1 << (min(heads, HEADS).bit_length() - 1)
     derived = width // heads if width is not None else None
     head_dim = stated or derived
     if head_dim is None:
-        return _Sizes((heads, tiny_heads), None, few)
+        return _Sizes((heads, tiny_heads), None, few, WIDTH, factor)
     if "whole heads" in what:
         kept = 1 << (min(head_dim, WHOLE_WIDTH).bit_length() - 1) if head_dim == derived else head_dim
         tiny_heads = min(tiny_heads, max(1, min(WHOLE_WIDTH, width or WHOLE_WIDTH) // kept))
         return _Sizes((heads, tiny_heads), (head_dim, kept), few, WHOLE_WIDTH)
-    small_width = min(WIDTH, width or WIDTH)
+    small_width = _scaled_width(width or WIDTH, factor) if factor else min(WIDTH, width or WIDTH)
     tiny_dim = small_width // tiny_heads if head_dim == derived else max(8, round(head_dim / 32) * 4)
-    return _Sizes((heads, tiny_heads), (head_dim, tiny_dim), few)
+    return _Sizes((heads, tiny_heads), (head_dim, tiny_dim), few, WIDTH, factor)
+
+
+def _scaled_width(width: int, factor: float) -> int:
+    return max(8, round(width * factor / 8) * 8)
 
 
 def _few_layers(fields: dict[str, Any], layers: int) -> int:
@@ -212,7 +228,7 @@ def _narrow(name: str, value: int, sizes: _Sizes) -> int:
         scaled = max(min(2, value), value * new // old)
         return 1 << (scaled.bit_length() - 1)
     if _WIDTH.search(name):
-        return min(value, sizes.width)
+        return _scaled_width(value, sizes.factor) if sizes.factor else min(value, sizes.width)
     return min(value, RANK) if name.endswith("rank") else value
 
 
