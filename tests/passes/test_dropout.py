@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from omnicompile.cluster import Cluster
 from omnicompile.errors import LoweringError
 from omnicompile.lowering.proof import prove
+from omnicompile.lowering.regions import compile_regions
+from omnicompile.lowering.step_graph import trace_step
 from omnicompile.lowering.tiny import TinyModel
 from omnicompile.passes import lower_forward
 from omnicompile.passes.dropout_op import dropout, dropout_expanded, philox, site_keys, uniform
@@ -93,10 +95,10 @@ def test_the_backward_drops_the_same_elements_and_the_expansion_too() -> None:
 class Dropping(nn.Module):
     """A hand-written decoder with dropout after the embedding, of whole channels, and before the head."""
 
-    def __init__(self, p: float = 0.3) -> None:
+    def __init__(self, p: float = 0.3, layers: int = 2) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.inner, self.p = PlainModel(), p
+        self.inner, self.p = PlainModel(layers), p
         self.inner.tokens.register_forward_hook(self._drop)
         for layer in self.inner.layers:
             layer.register_forward_hook(self._drop)
@@ -183,6 +185,14 @@ def test_every_value_holds_its_placement() -> None:
     original, program, values = lowered(Dropping().train(), Mesh(dp_shard=2, sp=2))
     report = verify_lowering(original, program, values, shifted_targets(text_batch(0)))
     assert report.worst[1] < 1e-5
+
+
+def test_the_number_of_compilations_does_not_grow_with_the_number_of_sites() -> None:
+    counts = []
+    for layers in (2, 4):
+        _, program, _ = lowered(Dropping(layers=layers).train(), Mesh(dp_shard=2, sp=2))
+        counts.append(compile_regions(trace_step(program).gm, lambda module, dynamic: module)[1])
+    assert counts[0] == counts[1]
 
 
 def test_evaluation_drops_nothing() -> None:
