@@ -120,3 +120,22 @@ def test_a_host_mask_of_another_shape_is_refused() -> None:
 
     with pytest.raises(CaptureError, match=r"a mask of shape \[1, 7\] does not match"):
         trace_forward(Selecting(), kwargs, {"lengths", "keep"})
+
+
+class Distances(nn.Module):
+    """Looks up a bias by the distance of every position from every other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Embedding(12, WIDTH)
+
+    def forward(self, inputs, places):
+        distance = (places[:, None] - places[None, :]).clamp(0, 11)
+        return (self.bias(distance) * inputs[:, None]).sum()
+
+
+def test_what_host_tensors_make_of_each_other_is_traced_once_it_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("omnicompile.capture.host_mode.MAX_HOST_ELEMENTS", 12)
+    traced = trace_forward(Distances(), {"inputs": torch.zeros(12, WIDTH), "places": torch.arange(12)}, {"places"})
+    differences = [n for n in traced.graph.graph.nodes if "sub" in str(n.target)]
+    assert [n.meta["val"].shape for n in differences] == [(12, 12)]

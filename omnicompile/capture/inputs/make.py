@@ -214,6 +214,8 @@ def _text_arguments(
 def _streams(facts: Facts) -> int:
     """Tokens per position: models that embed text and the codes of audio together keep the offset of each stream's
     vocabulary."""
+    if "audio_input_ids" in facts.arguments:
+        return 1  # the codes of audio come by themselves
     offsets = (b for name, b in facts.model.named_buffers() if name.endswith("tokens_offsets") and b.dim() == 1)
     return next((b.numel() for b in offsets), 1)
 
