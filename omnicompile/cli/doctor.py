@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import sys
 from dataclasses import asdict, dataclass
@@ -21,8 +22,8 @@ examples:
 The exit code is 0 when planning works here, 2 when it does not.
 """
 PYTHON = ((3, 11), (3, 13))
-TORCH = ((2, 11), (2, 13))
-REQUIRED = ("transformers", "sympy", "networkx", "scipy", "numpy", "pyyaml", "rich", "safetensors")
+RANGES = {"torch": ((2, 11), (2, 13)), "transformers": ((5, 20), (5, 99))}
+REQUIRED = ("sympy", "networkx", "scipy", "numpy", "pyyaml", "rich", "safetensors")
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def all_checks() -> list[Check]:
-    checks = [_python(), _torch(), *(_package(name) for name in REQUIRED)]
+    checks = [_python(), *map(_ranged, RANGES), *map(_package, REQUIRED), _machine()]
     if find_spec("torch") is None:
         return checks
-    return [*checks, *_devices(), *_communication(), *_compilers(), *_kernels()]
+    return [*checks, *_devices(), *_communication(), *_backends(), *_attention()]
 
 
 def _python() -> Check:
@@ -65,19 +66,25 @@ def _python() -> Check:
     return Check("plan", "python", ok, f"{here[0]}.{here[1]}", f"use Python {wanted}", needed=True)
 
 
-def _torch() -> Check:
-    found = installed("torch")
+def _ranged(name: str) -> Check:
+    low, high = RANGES[name]
+    wanted = f"{name} {low[0]}.{low[1]} to {high[0]}.{high[1]}"
+    found = installed(name)
     if found is None:
-        return Check("plan", "torch", False, "not installed", "pip install torch", needed=True)
+        return Check("plan", name, False, "not installed", f"pip install {name} ({wanted})", needed=True)
     release = tuple(int(part) for part in found.split("+")[0].split(".")[:2])
-    wanted = f"{TORCH[0][0]}.{TORCH[0][1]} to {TORCH[1][0]}.{TORCH[1][1]}"
-    ok = TORCH[0] <= release <= TORCH[1]
-    return Check("plan", "torch", ok, found, f"install torch {wanted}", needed=True)
+    return Check("plan", name, low <= release <= high, found, f"install {wanted}", needed=True)
 
 
 def _package(name: str) -> Check:
     found = installed(name)
     return Check("plan", name, found is not None, found or "not installed", f"pip install {name}", needed=True)
+
+
+def _machine() -> Check:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 if hasattr(os, "sysconf") else 0
+    detail = f"{os.cpu_count()} cores, {memory:.0f} GiB memory (each process holds the whole weights at its start)"
+    return Check("train", "host", True, detail)
 
 
 def _devices() -> list[Check]:
@@ -103,22 +110,31 @@ def _communication() -> list[Check]:
     ]
 
 
-def _compilers() -> list[Check]:
+def _backends() -> list[Check]:
     compiler = next((found for name in ("g++", "clang++") if (found := shutil.which(name))), None)
     triton = installed("triton")
     return [
-        Check("train", "C++ compiler", compiler is not None, compiler or "none", "install g++, for Inductor on CPU"),
-        Check("train", "triton", triton is not None, triton or "not installed", "comes with CUDA builds of torch"),
-    ]
+        Check("backends", "step, eager", True, "run the graph operator by operator; step is the default on CPUs"),
+        Check(
+            "backends", "inductor on CPU", compiler is not None, compiler or "no C++ compiler",
+            "install g++, for backend='inductor' and 'torch.compile'",
+        ),
+        Check(
+            "backends", "inductor on GPU", triton is not None, f"triton {triton}" if triton else "no triton",
+            "comes with CUDA builds of torch; the default backend on GPUs",
+        ),
+    ]  # fmt: skip
 
 
-def _kernels() -> list[Check]:
-    checks = []
-    for name, what in (("flash-attn", "attention of packed sequences"), ("liger-kernel", "fused norms and losses")):
-        found = installed(name)
-        remedy = f"pip install 'omnicompile[gpu]' ({what}); without it torch's own kernels are used"
-        checks.append(Check("kernels", name, found is not None, found or "not installed", remedy))
-    return checks
+def _attention() -> list[Check]:
+    """What omnicompile/anchors/attention.py runs."""
+    return [
+        Check("attention", "on CPU", True, "torch's fused kernel; soft caps, sinks and unequal head sizes unfused"),
+        Check(
+            "attention", "on GPU", False, "matrix products, which keep every score in memory",
+            "no fused kernel is used yet, installing flash-attn changes nothing: train short sequences",
+        ),
+    ]  # fmt: skip
 
 
 def installed(name: str) -> str | None:
@@ -142,5 +158,9 @@ def _text(checks: list[Check], usable: bool) -> str:
             mark = Text("ok", "green") if check.ok else Text("missing" if check.needed else "-", "yellow")
             detail = check.detail if check.ok else f"{check.detail}: {check.remedy}"
             table.add_row(Text(area if index == 0 else "", "bold cyan"), mark, check.name, detail)
-    verdict = "planning works here" if usable else "planning does not work here: mend what is missing"
+    verdict = "planning does not work here: mend what is missing"
+    if usable:
+        gpus = any(check.name == "GPU" and check.ok for check in checks)
+        place = "on GPUs" if gpus else "on CPU, for tests"
+        verdict = f"planning works here, and `omnicompile verify`; training {place}"
     return render(Group(table, Text(f"\n{verdict}", "bold")), color=color_wanted())

@@ -97,15 +97,31 @@ def test_doctor(run: Any) -> None:
     assert "torch" in outcome.out and "planning works here" in outcome.out
     view = json.loads(run("doctor", "--json").out)
     assert view["usable"] is True
-    assert {check["name"] for check in view["checks"]} >= {"python", "torch", "GPU", "gloo", "flash-attn"}
+    assert {check["name"] for check in view["checks"]} >= {"python", "torch", "GPU", "gloo", "step, eager"}
+    assert {check["area"] for check in view["checks"]} == {"plan", "train", "backends", "attention"}
 
 
 def test_doctor_names_what_is_missing(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from omnicompile.cli import doctor
 
     found = doctor.installed
-    monkeypatch.setattr(doctor, "installed", lambda name: {"torch": "2.9.1", "scipy": None}.get(name, found(name)))
+    monkeypatch.setattr(
+        doctor,
+        "installed",
+        lambda name: {"torch": "2.9.1", "scipy": None, "transformers": "4.57.1"}.get(name, found(name)),
+    )
     outcome = run("doctor")
     assert outcome.code == 2
     assert "2.9.1: install torch 2.11 to 2.13" in outcome.out
     assert "pip install scipy" in outcome.out
+    assert "4.57.1: install transformers 5.20 to 5.99" in outcome.out
+    assert "planning does not work here" in outcome.out
+
+
+def test_doctor_names_what_to_install_for_compiling(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from omnicompile.cli import doctor
+
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    outcome = run("doctor")
+    assert outcome.code == 0
+    assert "no C++ compiler: install g++" in outcome.out
