@@ -88,9 +88,20 @@ def _capture_noted(model: nn.Module, workload: Workload, name: str, spec: str, p
 
     with placeholders_filled(model) as notes:
         found = _capture_module(model, workload, name, spec, progress)
-    size = found.limits.images.note if found.limits is not None and found.limits.images is not None else ""
-    more = (*notes, size) if size else notes
+    more = (*notes, *_size_notes(model, found.limits))
     return replace(found, program=replace(found.program, notes=(*found.program.notes, *more)))
+
+
+def _size_notes(model: nn.Module, used: InputConstraints | None) -> list[str]:
+    """How the sizes that a capture kept to differ from what the configuration says."""
+    from omnicompile.capture.inputs import input_constraints
+
+    if used is None or used.images is None:
+        return []
+    found = [used.images.note] if used.images.note else []
+    if used.rows is not input_constraints(model).rows:
+        found.append(f"a text row of at most {used.max_seq_len} tokens: planned with one image per row")
+    return found
 
 
 def _capture_module(model: nn.Module, workload: Workload, name: str, spec: str, progress: Progress) -> Capture:
