@@ -109,9 +109,11 @@ def unit_work(
     if chunked and segment.logits is not None:
         rows = min(LOSS_CHUNK_ROWS, numbers.logit_rows / split.tokens)
         forward_peak = backward_peak = rows * segment.logits[1] * LOGIT_BYTES
-    elif segment.logits is not None:  # logits and their gradient: forward and backward of the loss are one kernel
-        rows = numbers.logit_rows / split.tokens
-        forward_peak = backward_peak = rows * segment.logits[1] * 2 * step_chain.ACTIVATION_BYTES
+    elif segment.logits is not None:  # forward and backward of the loss are one kernel: logits and their gradient
+        logits = numbers.logit_rows / split.tokens * segment.logits[1] * step_chain.ACTIVATION_BYTES
+        # The weight's gradient, which is counted besides, exists only when the logits are gone.
+        later = all_params(segment)[0] * options.param_bytes if gradient.weight else 0.0
+        forward_peak, backward_peak = 2 * logits, max(2 * logits - later, logits)
     host = saved if plan.offload and segment.role not in ("embed", "head") else 0.0
     return UnitWork(
         forward=chain(step_chain.forward_indices(numbers), "compute"),

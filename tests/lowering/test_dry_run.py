@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
+from time import process_time
 
+import pytest
 import torch
 
+from omnicompile.capture.source import load_model_source
 from omnicompile.cluster import Cluster
 from omnicompile.lowering.dry_run import DryRun, dry_run
+from omnicompile.lowering.full_size import full_batch
 from omnicompile.plan import BlockPlan, Layout, Mesh, Plan
+from omnicompile.planner.api import plan_source
 from omnicompile.workload import Workload
 from tests.passes.models import dense_model, mixture_model, text_batch
 
@@ -50,3 +56,47 @@ def test_nothing_of_the_planner_is_imported() -> None:
 
     code = "import sys, omnicompile.lowering.dry_run; sys.exit(any('planner' in m for m in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+DENSE = """
+def build():
+    from transformers import AutoModelForCausalLM, Qwen3Config
+
+    config = Qwen3Config(
+        vocab_size=152064, hidden_size=4096, intermediate_size=12288, num_hidden_layers=4, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128, max_position_embeddings=8192, tie_word_embeddings=False,
+    )
+    return AutoModelForCausalLM.from_config(config, dtype="bfloat16")
+"""
+
+
+def _beside_the_plan(spec: str, gpus: int, pins: dict[str, str]) -> tuple[float, float]:
+    """(memory, time) of the dry run over what the planner says of its best plan."""
+    source = load_model_source(spec, None)
+    found = plan_source(source, Cluster(gpus=gpus), Workload(seq_len=8192), pins, cache=False).plans[0]
+    prediction = found.prediction
+    assert prediction is not None
+    model = source.build_meta().train()
+    run = dry_run(model, full_batch(source, model, found.workload, found.micro_batch), found)
+    beside = prediction.memory["context"] + prediction.memory["allocator slack"]
+    memory = (run.peak_bytes + run.optimizer_bytes) / (prediction.memory_total - beside)
+    return memory, run.step_seconds(found.accumulation) / prediction.step_seconds
+
+
+@pytest.mark.parametrize(
+    "pins", [{"mesh.sp": "1"}, {"mesh.sp": "4", "text.recompute": "full"}], ids=["none", "sp full"]
+)
+def test_four_layers_agree_with_the_plan(pins: dict[str, str], tmp_path: Path) -> None:
+    path = tmp_path / "model.py"
+    path.write_text(DENSE)
+    memory, time = _beside_the_plan(str(path), 128, pins)
+    assert memory == pytest.approx(1.0, abs=0.05) and time == pytest.approx(1.0, abs=0.10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pins", [{}, {"mesh.sp": "4"}, {"loss_head": "chunked", "text.recompute": "full"}])
+def test_a_7b_model_on_128_gpus_agrees_with_the_plan(pins: dict[str, str]) -> None:
+    start = process_time()
+    memory, time = _beside_the_plan("examples/qwen2_vl_7b.py", 128, pins)
+    assert memory == pytest.approx(1.0, abs=0.05) and time == pytest.approx(1.0, abs=0.10)
+    assert process_time() - start < 60
