@@ -34,6 +34,7 @@ from passes.omni_models import (
 )
 from tiny_models import run_ranks
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from omnicompile.cluster import Cluster
 from omnicompile.plan import BlockPlan, Layout, Mesh, Plan, Sharding
@@ -175,11 +176,28 @@ def gradient_error(module: ParallelModule, reference: nn.Module | None) -> tuple
     return worst
 
 
+def state_faults(module: ParallelModule, model: nn.Module) -> list[str]:
+    """Keys of which the state dict is not the plain model's, before and after plain ones are loaded."""
+    own = {name: value.clone() for name, value in model.state_dict().items()}
+    other = {name: value + 1 if value.is_floating_point() else value for name, value in own.items()}
+    faults = []
+    for load, want in ((None, own), (other, other), (own, own)):
+        if load is not None:
+            module.load_state_dict(load)
+        state = module.state_dict()
+        if list(state) != list(want):
+            return sorted(set(state) ^ set(want)) or ["order"]
+        full = {name: v.full_tensor() if isinstance(v, DTensor) else v for name, v in state.items()}
+        faults += [name for name, value in full.items() if not torch.equal(value, want[name])]
+    return faults
+
+
 def trained(rank: int, case: Case) -> dict[str, Any]:
     """Gradients of two batches and five AdamW steps; rank 0 also trains the plain model and compares."""
     model = case.model()
     module = parallelize(model, plan_of(case), "cpu", case.batch(0))
     assert isinstance(module, ParallelModule)
+    faults = state_faults(module, model)
     groups, group = case.mesh.data_ranks, rank // case.mesh.sp
     reference = case.model() if rank == 0 else None
     modules = [m for m in (module, reference) if m is not None]
@@ -200,7 +218,8 @@ def trained(rank: int, case: Case) -> dict[str, Any]:
         for optimizer in optimizers:
             optimizer.zero_grad()
     worst = max(gradients, key=lambda item: item[1])
-    return {"losses": losses, "wanted": wanted, "gradient": worst, "captures": len(module.engine._captures)}
+    captures = len(module.engine._captures)
+    return {"losses": losses, "wanted": wanted, "gradient": worst, "captures": captures, "state": faults}
 
 
 def everything(rank: int, world: int, group: str) -> dict[str, Any]:
@@ -236,3 +255,4 @@ def test_five_steps_equal_one_process(results: dict[str, list[dict[str, Any]]], 
     assert first["gradient"][1] < TOLERANCE, first["gradient"]
     assert [found["losses"] for found in ranks] == [first["losses"]] * 4
     assert {found["captures"] for found in ranks} == {1}
+    assert [found["state"] for found in ranks] == [[]] * 4
