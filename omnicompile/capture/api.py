@@ -88,7 +88,7 @@ def _capture_noted(model: nn.Module, workload: Workload, name: str, spec: str, p
 
     with placeholders_filled(model) as notes:
         found = _capture_module(model, workload, name, spec, progress)
-    more = (*notes, *_size_notes(model, found.limits))
+        more = (*notes, *_size_notes(model, found.limits))
     return replace(found, program=replace(found.program, notes=(*found.program.notes, *more)))
 
 
