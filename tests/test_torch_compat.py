@@ -6,6 +6,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from omnicompile.torch_compat import (
+    as_in_eager,
     compiler_backend,
     is_plain_host_tensor,
     measured_peak,
@@ -53,3 +54,17 @@ def test_a_compiler_can_be_called_by_its_name() -> None:
     function = torch.compile(lambda x: x.sin() + 1, backend=compile)
     assert function(torch.zeros(2)).tolist() == [1.0, 1.0]
     assert seen == [1]
+
+
+def test_an_export_can_look_like_an_ordinary_run() -> None:
+    seen: list[tuple[bool, bool]] = []
+
+    class Asks(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with as_in_eager():
+                seen.append((torch.compiler.is_exporting(), torch.compiler.is_compiling()))
+            seen.append((torch.compiler.is_exporting(), torch.compiler.is_compiling()))
+            return x + 1
+
+    torch.export.export(Asks(), (torch.ones(2),), strict=False)
+    assert seen[:2] == [(False, False), (True, True)]

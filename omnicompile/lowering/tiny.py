@@ -121,7 +121,7 @@ def _shrunk(original: PreTrainedModel, dtype: torch.dtype | None) -> TinyModel:
             notes = [f"{size / 1e6:.2g} M parameters", str(wanted).removeprefix("torch."), "dropout off"]
             if level is not LEVELS[0]:
                 notes.append(f"only {', '.join(sorted(level))} made smaller ({failures[0]})")
-            return TinyModel(model, batch, tuple(notes), _later(lambda m=model, w=wanted: _batches(m, w, even=True)))
+            return TinyModel(model, batch, tuple(notes), _even(model, wanted))
     raise CaptureError(f"no tiny copy of {type(original).__name__} runs: {failures[0]}")
 
 
@@ -156,8 +156,9 @@ def _check_runs(model: nn.Module, batch: Batch) -> None:
         raise CaptureError("the tiny copy gives no finite loss")
 
 
-def _later(make: Callable[[], Callable[[int], Batch]]) -> Callable[[int], Batch]:
-    return lambda rank: make()(rank)
+def _even(model: nn.Module, dtype: torch.dtype) -> Callable[[int], Batch]:
+    """Batches with images of one shape, made up when they are asked for."""
+    return lambda rank: _batches(model, dtype, even=True)(rank)
 
 
 def _batches(model: nn.Module, dtype: torch.dtype, even: bool = False) -> Callable[[int], Batch]:

@@ -122,3 +122,24 @@ def test_a_model_without_loss_or_logits_is_refused() -> None:
 class NoOutput(nn.Module):
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         return {"features": x * 2}
+
+
+class DropsPadding(nn.Module):
+    """Leaves out images that are all zeros, as models do that pad to a number of images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(4, 4)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        real = (pixels.reshape(-1, 4) == 0.0).sum(dim=-1) != 4
+        return self.proj(pixels.reshape(-1, 4)[real].contiguous()).square().mean()
+
+
+def test_padding_is_found_by_the_values_of_the_batch() -> None:
+    model, first, second = DropsPadding(), torch.randn(2, 2, 4), torch.randn(2, 2, 4)
+    first[0, 1], second[1, 0] = 0, 0
+    captured, inputs = capture_forward(model, {"pixels": first})
+    torch.testing.assert_close(run(captured, model, inputs.prepare({"pixels": second}))[0], model(second))
+    with pytest.raises((InputError, LoweringError)):
+        inputs.prepare({"pixels": torch.randn(2, 2, 4)})

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from omnicompile.cluster import Cluster
-from omnicompile.errors import LoweringError, PlanError
+from omnicompile.errors import LoweringError, OmniCompileError, PlanError
 from omnicompile.lowering.proof import joined, prove, relative_errors
 from omnicompile.lowering.proof_plan import count_experts, default_plan, reduced_plan, with_choices
 from omnicompile.lowering.tiny import TinyModel
@@ -85,3 +85,14 @@ def test_errors_are_relative_to_the_gradient_or_the_whole() -> None:
     want = {"a": torch.ones(4), "zero": torch.zeros(4)}
     errors = relative_errors({"a": torch.ones(4) * 1.01, "zero": torch.full((4,), 1e-9)}, want)
     assert errors["a"] == pytest.approx(0.01, rel=1e-3) and errors["zero"] == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_batches_of_one_shape_are_proved_where_others_are_refused() -> None:
+    def batch(rank: int) -> dict[str, torch.Tensor]:
+        return text_batch(rank, 64 if rank == 0 else 32)
+
+    plan = _plan(Mesh(dp_shard=2))
+    with pytest.raises(OmniCompileError):
+        prove(TinyModel(dense_model(), batch), plan, check_values=False)
+    report = prove(TinyModel(dense_model(), batch, even=text_batch), plan, check_values=False)
+    assert report.equal and any("one shape" in note for note in report.notes)

@@ -90,3 +90,29 @@ def test_tiny_of_the_file_is_taken(tmp_path: Path) -> None:
     first, second = tiny.batch(0), tiny.batch(1)
     assert first["labels"].shape == second["labels"].shape
     assert int((first["labels"] == -100).sum()) != int((second["labels"] == -100).sum())
+
+
+def test_heads_may_keep_their_width_and_widths_their_ratios() -> None:
+    whole = shrink(_config(), next(level for level in LEVELS if "whole heads" in level)).text_config
+    assert whole.hidden_size // whole.num_attention_heads == 128
+    assert whole.rope_parameters["mrope_section"] == [16, 24, 24]
+    from transformers import PretrainedConfig
+
+    projector = PretrainedConfig(hidden_size=1024, num_attention_heads=16, projector_hidden_size=4096)
+    small = shrink(projector, next(level for level in LEVELS if "ratios" in level))
+    assert small.projector_hidden_size == 4 * small.hidden_size
+
+
+def test_state_space_heads_fill_the_expanded_width() -> None:
+    from transformers import PretrainedConfig
+
+    config = PretrainedConfig(
+        hidden_size=4096,
+        num_attention_heads=32,
+        num_hidden_layers=4,
+        mamba_expand=2,
+        mamba_n_heads=128,
+        mamba_d_head=64,
+    )
+    small = shrink(config, LEVELS[0])
+    assert small.mamba_n_heads * small.mamba_d_head == 2 * small.hidden_size
