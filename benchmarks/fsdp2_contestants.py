@@ -300,7 +300,7 @@ def measure(kind: str, size: Size, names: list[str], repeats: int, say: Callable
     return {name: contestant.seen for name, contestant in contestants.items()}
 
 
-def run_rank(rank: int, world: int, port: int, kinds: list[str], names: list[str], repeats: int, folder: str) -> None:
+def run_rank(rank: int, world: int, port: int, names: dict[str, list[str]], repeats: int, folder: str) -> None:
     """What each spawned process does; rank 0 writes its measurements of each model into `folder`."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
     os.environ["LOCAL_RANK"] = str(rank)
@@ -311,8 +311,8 @@ def run_rank(rank: int, world: int, port: int, kinds: list[str], names: list[str
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
     say = partial(print, file=sys.stderr, flush=True) if rank == 0 else _quiet
     try:
-        for kind in kinds:
-            seen = measure(kind, (GPU_SIZES if gpu else CPU_SIZES)[kind], names, repeats, say)
+        for kind in names:
+            seen = measure(kind, (GPU_SIZES if gpu else CPU_SIZES)[kind], names[kind], repeats, say)
             if rank == 0:
                 text = json.dumps({name: vars(found) for name, found in seen.items()})
                 (Path(folder) / f"{kind}.json").write_text(text)

@@ -48,6 +48,12 @@ def test_every_contestant_is_compared_with_every_base(bench: ModuleType) -> None
     assert rows["fully_shard compiled", "omnicompile step"].step.median == pytest.approx(1.5)
 
 
+def test_what_is_measured_by_default(bench: ModuleType) -> None:
+    names = bench.chosen(["dense", "moe"], None)
+    assert names["dense"] == list(bench.CONTESTANTS) and "omnicompile torch.compile" not in names["moe"]
+    assert bench.chosen(["moe"], ["omnicompile step"]) == {"moe": ["fully_shard", "omnicompile step"]}
+
+
 def test_the_report_names_ratios_and_conditions(bench: ModuleType) -> None:
     measured = {"dense": {"fully_shard": seen(2.0, 200), "omnicompile step": seen(1.0, 150)}}
     text = bench.report(measured, {"machine": "a small one"}, {"dense": {"tokens": 512}})

@@ -81,5 +81,5 @@ def test_parameters_are_gathered_again_for_the_backward() -> None:
 
 def _tensors(gm: torch.fx.GraphModule, kind: str) -> int:
     """How many tensors the collectives of a kind work on."""
-    calls = [n for n in gm.graph.find_nodes(op="call_function") if kind in str(n.target)]
+    calls = [n for n in gm.graph.nodes if n.op == "call_function" and kind in str(n.target)]
     return sum(len(n.args[0]) if isinstance(n.args[0], list) else 1 for n in calls)
