@@ -1,9 +1,8 @@
 """Bytes alive at every node of a graph, by walking it once.
 
-A tensor's memory lives from the node that makes it to the last use of any view of it; what a collective reads lives
-until it is waited for. Inputs live all the time, since the caller holds them. While a node runs, what it reads and what
-it makes are both alive; temporaries inside a kernel are not seen. Equal to what torch's MemTracker measures when the
-graph is run.
+A tensor's memory lives from the node that makes it to the last use of any view of it. Inputs live all the time, since
+the caller holds them. While a node runs, what it reads and what it makes are both alive; temporaries inside a kernel
+are not seen. Equal to what torch's MemTracker measures when the graph is run.
 """
 
 from __future__ import annotations
@@ -101,11 +100,13 @@ def peak_bytes(
     rows: Rows | None = None,
     kernels: Iterable[Sequence[fx.Node]] = (),
     in_registers: Collection[fx.Node] = (),
+    in_flight: bool = False,
 ) -> Peak:
     """Where the most memory is alive when `gm` runs node by node. rows: values of sizes known only at run time; by
     default balanced routing. kernels: nodes that run together, which read what any of them reads until the last is
-    done. in_registers: results that are never in memory."""
-    walk = _Walk(gm.graph, balanced_rows(gm.graph) if rows is None else rows, kernels, in_registers)
+    done. in_registers: results that are never in memory. in_flight: what a collective reads lives until it is waited
+    for, as on a GPU; MemTracker does not count it."""
+    walk = _Walk(gm.graph, balanced_rows(gm.graph) if rows is None else rows, kernels, in_registers, in_flight)
     return walk.run()
 
 
@@ -119,8 +120,14 @@ class _Walk:
     """One pass over a graph. `live`: storages alive, by the node that owns them."""
 
     def __init__(
-        self, graph: fx.Graph, rows: Rows, kernels: Iterable[Sequence[fx.Node]], in_registers: Collection[fx.Node]
+        self,
+        graph: fx.Graph,
+        rows: Rows,
+        kernels: Iterable[Sequence[fx.Node]],
+        in_registers: Collection[fx.Node],
+        in_flight: bool,
     ) -> None:
+        self.in_flight = in_flight
         self.rows, self.in_registers = rows, set(in_registers)
         self.last_of = {node: kernel[-1] for kernel in kernels for node in kernel}
         self.nodes = list(graph.nodes)
@@ -137,7 +144,7 @@ class _Walk:
             end = position[self.last_of.get(node, node)]
             for item in (node, *node.all_input_nodes):
                 last[storage_of(item)] = max(last.get(storage_of(item), 0), end)
-            if node.target is _WAIT:  # a collective reads its inputs until it has ended
+            if self.in_flight and node.target is _WAIT:
                 for item in launch_of(node).all_input_nodes:
                     last[storage_of(item)] = max(last.get(storage_of(item), 0), index)
         frees: dict[int, list[fx.Node]] = {}

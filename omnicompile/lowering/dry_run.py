@@ -69,7 +69,7 @@ def dry_run_program(program: RankProgram, host: Mapping[str, Tensor], cluster: C
     gm = trace_step(program).gm
     rows = balanced_rows(gm.graph)
     found = kernels(gm)
-    peak = peak_bytes(gm, rows, [kernel.nodes for kernel in found], in_registers(found))
+    peak = peak_bytes(gm, rows, [kernel.nodes for kernel in found], in_registers(found), in_flight=True)
     states = {n.name: tensor_bytes(n.meta["val"], rows) for n in gm.graph.find_nodes(op="placeholder")}
     trained = {name: states[name] for name, spec in program.params.items() if spec.trainable}
     prices = Prices(program.mesh, cluster, host, rows)

@@ -73,6 +73,17 @@ def one_rank_step(kind: str, policy: Recompute) -> tuple[StepGraph, list[Tensor]
     return step, list(values.values())
 
 
+def first_rank_step(kind: str, policy: Recompute, mesh: Mesh) -> tuple[StepGraph, list[Tensor]]:
+    """The step graph of rank 0, with groups that do not communicate, and its arguments. Without expert parallelism,
+    whose sizes are communicated."""
+    original, program = lowered(kind, policy, mesh)
+    bound = bound_to_fake_groups(program)
+    values = whole_values_of(kind, original, program, 1)[0]
+    for name, spec in bound.params.items():
+        values[name] = spec.local_of(values[name], mesh, 0).clone()
+    return trace_step(bound), list(values.values())
+
+
 def run_on_all_ranks(kind: str, policy: Recompute, mesh: Mesh) -> tuple[StepGraph, list[list[Tensor]]]:
     """The step graph, and by rank the loss and the gradients of its shards."""
     original, program = lowered(kind, policy, mesh)

@@ -11,10 +11,11 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from omnicompile.passes.liveness import peak_bytes
+from omnicompile.plan import Mesh
 from omnicompile.recompute import Recompute
 from omnicompile.torch_compat import measured_peak, new_fake_mode
 
-from .steps import one_rank_step
+from .steps import first_rank_step, one_rank_step
 
 
 def chain(x: Tensor) -> Tensor:
@@ -59,6 +60,19 @@ def test_forward_and_backward_of_a_model(kind: str, policy: Recompute) -> None:
         assert peak.total == measured_peak(step.gm, arguments)
     assert peak.inputs == sum(value.untyped_storage().nbytes() for value in arguments)
     assert sum(peak.holders.values()) == peak.beyond_inputs
+
+
+@pytest.mark.parametrize(
+    ("kind", "policy", "mesh"),
+    [("vlm", Recompute.FULL, Mesh(dp_shard=2)), ("moe", Recompute.NONE, Mesh(dp_shard=4))],
+    ids=["vlm full", "moe none"],
+)
+def test_a_rank_with_its_collectives(kind: str, policy: Recompute, mesh: Mesh) -> None:
+    step, arguments = first_rank_step(kind, policy, mesh)
+    assert any("coalesced" in str(node.target) for node in step.gm.graph.nodes)
+    with torch.no_grad():
+        assert peak_bytes(step.gm).total == measured_peak(step.gm, arguments)
+    assert peak_bytes(step.gm, in_flight=True).total >= peak_bytes(step.gm).total
 
 
 def test_a_size_that_is_not_known_is_named() -> None:
