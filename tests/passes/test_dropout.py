@@ -189,7 +189,7 @@ def test_every_value_holds_its_placement() -> None:
 
 def test_the_number_of_compilations_does_not_grow_with_the_number_of_sites() -> None:
     counts = []
-    for layers in (2, 4):
+    for layers in (4, 6):  # with fewer, none is both after a layer and before one
         _, program, _ = lowered(Dropping(layers=layers).train(), Mesh(dp_shard=2, sp=2))
         counts.append(compile_regions(trace_step(program).gm, lambda module, dynamic: module)[1])
     assert counts[0] == counts[1]
