@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from omnicompile.anchors.huggingface import anchored
-from omnicompile.errors import InputError, LoweringError
+from omnicompile.errors import InputError, LoweringError, OmniCompileError
 from omnicompile.lowering.crossing import Call, Crossing, CrossingMode, Result
 from omnicompile.torch_compat import FakeTensorMode, new_fake_mode
 
@@ -103,8 +103,16 @@ class HostProgram:
         """The crossings of another batch. Raises LoweringError if that batch would give another graph."""
         if self._first is None:
             raise RuntimeError("replay before learn")
-        with self._stubs():
-            recording = self._run(batch, CrossingMode(known=self._first.results))
+        try:
+            with self._stubs():
+                recording = self._run(batch, CrossingMode(known=self._first.results))
+        except OmniCompileError:
+            raise
+        except Exception as error:  # of the model's own code, among layers that have the captured shapes
+            cause = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise LoweringError(
+                f"this batch does not fit the captured graph ({cause}). Pad batches to one budget"
+            ) from error
         _check_same(self._first, recording)
         return recording
 
