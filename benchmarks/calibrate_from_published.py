@@ -164,7 +164,7 @@ def _fused(row: dict[str, str]) -> Point:
 
 
 def with_attention(known: Machines, x: Sequence[float]) -> Machines:
-    """x: fractions at 64, 128, 256: FA2 A100 forward; FA2 H100 forward, backward; FA3 forward; lengths, waves, ramps."""
+    """x: fractions at 64, 128, 256: FA2 A100 forward, FA2 H100 forward, backward, FA3 forward; lengths, waves, ramp."""
     a100, fa2, fa2_back, fa3 = (dict(zip((64, 128, 256), x[i : i + 3])) for i in (0, 3, 6, 9))
     lengths = {"fa2": (x[12], x[13], x[18], x[14]), "fa3": (x[15], x[13], x[19], x[16])}
     fa3_back = {dim: FA3_BACKWARD_OVER_FA2 * value for dim, value in fa2_back.items()}

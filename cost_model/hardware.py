@@ -52,7 +52,7 @@ class AttentionEfficiency:
     forward_fraction, backward_fraction: of peak for long sequences, by head dim (interpolated).
     forward_length, backward_length: segment length (tokens) at which non-causal attention runs at half of that.
     ramp_power: how steeply it gets there.
-    causal_length: under a causal mask, the length at which masked parts of the diagonal blocks take as long as the rest.
+    causal_length: under a causal mask, the length at which masked parts of diagonal blocks take as long as the rest.
     wave_overhead: waves of thread blocks lost in filling and draining the GPU.
     measured_elements: q_tokens * heads * head_dim of the largest kernels behind these constants; larger ones are not
     taken to fill the GPU any better.

@@ -153,7 +153,7 @@ def parse_pins(items: list[str]) -> dict[str, str]:
 
 
 def split_choices(text: str, option: str) -> dict[str, str]:
-    """"sp=4, text.recompute=full" as {"sp": "4", "text.recompute": "full"}. option: what the text was given as."""
+    """ "sp=4, text.recompute=full" as {"sp": "4", "text.recompute": "full"}. option: what the text was given as."""
     choices: dict[str, str] = {}
     for item in filter(None, (part.strip() for part in text.split(","))):
         key, equals, value = (part.strip() for part in item.partition("="))

@@ -76,8 +76,8 @@ class InputSpec:
     "constant", "count" (number of target tokens over all ranks and micro-steps, 0-d float32), "rank" (this rank's
     coordinate in the group `name`, 0-d int64) or "dropout" (the key of dropout site number `name` in this forward, 0-d
     int64) or "order" (where rows of images come from, [int(name)] int64, see image_order.py). packed: takes the value
-    for the images in the order that deals them out to ranks. token_dim: the dimension that runs along the tokens or patches of its
-    block, where cutting starts.
+    for the images in the order that deals them out to ranks. token_dim: the dimension that runs along the tokens or
+    patches of its block, where cutting starts.
     """
 
     name: str

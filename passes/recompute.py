@@ -1,8 +1,8 @@
 """Recompute: values that the backward reads are computed again instead of being kept from the forward.
 
 What is kept is what the planner prices (capture/liveness.py): under `selective` results of GEMMs, attention, experts
-and collectives and whatever is not cheap; under `except_attention` what flows into a layer and the results of attention;
-under `full` only what flows into a layer. A policy that would keep no less than a milder one does as that one.
+and collectives and whatever is not cheap; under `except_attention` what flows into a layer and the results of
+attention; under `full` only what flows into a layer. A policy that would keep no less than a milder one does as that one.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def _chooses(node: fx.Node, call: fx.Node) -> bool:
 
 def _candidates(step: _Step, nodes: list[fx.Node], policy: Recompute) -> set[fx.Node]:
     """Nodes of a layer that may run again: not what other layers read, under `selective` only what is cheap, and under
-    `except_attention` all but attention. What shares memory with something that is kept, or is part of it, is kept too."""
+    `except_attention` all but attention. What shares memory with something kept, or is part of it, is kept too."""
     inside = set(nodes)
     kept = {
         storage_of(node)

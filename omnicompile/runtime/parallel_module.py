@@ -125,7 +125,7 @@ class ParallelModule(nn.Module):
 
     @property
     def compilations(self) -> int:
-        """Graphs given to a compiler so far. Their number does not depend on the model's depth."""
+        """Graphs given to a compiler so far. From three layers on their number does not grow with the depth."""
         return self.engine.compilations.count
 
     def forward(self, **batch: Any) -> Output:

@@ -104,7 +104,7 @@ def test_sequence_parallelism_divides_activations() -> None:
 def test_chunked_loss_head_saves_logits() -> None:
     program = synthetic.dense_lm(65536)
     plan = make_plan(program, Mesh(dp_shard=16), recompute=Recompute.FULL)
-    assert peak(program, replace(plan, loss_head=LossHead.CHUNKED)) < 0.7 * peak(program, plan)
+    assert peak(program, replace(plan, loss_head=LossHead.CHUNKED)) < 0.75 * peak(program, plan)
 
 
 def test_frozen_block_keeps_weights_only() -> None:
@@ -131,11 +131,12 @@ MESHES = [Mesh(dp_shard=16), Mesh(dp_replicate=4, dp_shard=4), Mesh(dp_shard=4, 
 )
 def test_peak_agrees_with_the_timeline(program: Program, mesh: Mesh, recompute: Recompute, offload: bool) -> None:
     """The moments bound the timeline's peak, and closely (the timeline does not count all-to-all buffers, and a
-    reduction may be over before the next layer's temporaries are there)."""
+    reduction may be over before the next layer's temporaries are there; the moments do not count what is on its way to
+    host memory)."""
     sharding = Sharding.HSDP if mesh.dp_replicate > 1 else Sharding.FSDP
     plan = make_plan(program, mesh, micro_batch=mesh.sp, recompute=recompute, offload=offload, sharding=sharding)
     model = StepModel(program, CLUSTER)
     by_moments = float(table(program, plan, model).sum(axis=0).max())
     by_timeline = timeline.simulate(build_step(program, plan, model).last).peak_bytes
-    assert by_timeline <= by_moments * 1.02
+    assert by_timeline <= by_moments * (1.05 if offload else 1.02)
     assert by_timeline >= by_moments * 0.80
