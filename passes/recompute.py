@@ -1,8 +1,8 @@
 """Recompute: values that the backward reads are computed again instead of being kept from the forward.
 
-What is kept is what the planner prices (capture/liveness.py): under `selective` results of GEMMs, attention, experts
-and collectives and whatever is not cheap; under `except_attention` what flows into a layer and the results of
-attention; under `full` only what flows into a layer. A policy that would keep no less than a milder one does as that one.
+What is kept is what the planner prices (capture/liveness.py). Under `selective`: results of GEMMs, attention, experts
+and collectives, and whatever is not cheap. Under `except_attention`: what flows into a layer, and results of attention.
+Under `full`: what flows into a layer. A policy that would keep no less than a milder one does as that one.
 """
 
 from __future__ import annotations
