@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -151,29 +151,28 @@ def trace_forward(
 
 @dataclass(frozen=True)
 class _Slot:
-    """Where a module keeps a parameter or buffer: `store[key]`. Shared tensors have one `index`."""
+    """Where a module keeps a buffer: `store[key]`. Shared tensors have one `index`."""
 
     store: dict[str, Any]
     key: str
     index: int
 
 
-def _state(model: nn.Module) -> tuple[list[Tensor], list[str], list[_Slot]]:
-    """Every parameter and buffer once, their names, and all the places that hold them."""
+def _buffers(model: nn.Module) -> tuple[list[Tensor], list[str], list[_Slot]]:
+    """Every buffer once, their names, and all the places that hold them."""
     tensors: list[Tensor] = []
     names: list[str] = []
     slots: list[_Slot] = []
     index: dict[int, int] = {}
     for path, module in model.named_modules():
-        for store in (module._parameters, module._buffers):
-            for key, tensor in store.items():
-                if tensor is None:
-                    continue
-                if id(tensor) not in index:
-                    index[id(tensor)] = len(tensors)
-                    tensors.append(tensor)
-                    names.append(f"{path}.{key}" if path else key)
-                slots.append(_Slot(store, key, index[id(tensor)]))
+        for key, tensor in module._buffers.items():
+            if tensor is None:
+                continue
+            if id(tensor) not in index:
+                index[id(tensor)] = len(tensors)
+                tensors.append(tensor)
+                names.append(f"{path}.{key}" if path else key)
+            slots.append(_Slot(module._buffers, key, index[id(tensor)]))
     return tensors, names, slots
 
 
@@ -185,7 +184,7 @@ def _trace(
     paths: list[ModuleSpan],
     mode: FakeTensorMode,
 ) -> TracedForward:
-    tensors, names, slots = _state(model)
+    tensors, names, slots = _buffers(model)
     originals = [slot.store[slot.key] for slot in slots]
 
     host_mode = HostMode()
@@ -206,12 +205,12 @@ def _trace(
         module = trace_pre_dispatch(forward, [*tensors, *traced.values()])
     _name_modules(module.graph, paths)
     placeholders = [n.name for n in module.graph.find_nodes(op="placeholder")]
+    params = _lift_parameters(module, model)
     constants = _lift_constants(module)
-    params = {p: n for p, n, t in zip(placeholders, names, tensors) if isinstance(t, nn.Parameter)}
     return TracedForward(
         graph=module,
         params=params,
-        buffers={p: n for p, n in zip(placeholders, names) if p not in params},
+        buffers=dict(zip(placeholders, names)),
         inputs=dict(zip(placeholders[len(tensors) :], traced)),
         constants=constants,
         repeats=repeats,
@@ -267,23 +266,35 @@ def _name_modules(graph: fx.Graph, spans: list[ModuleSpan]) -> None:
             node.meta.setdefault("module_path", span.path)
 
 
+def _lift_parameters(module: fx.GraphModule, model: nn.Module) -> dict[str, str]:
+    """Parameters enter a trace as attributes, those only that it reads: a model has many more in layers that are not
+    traced, and each argument of a trace takes time. They become placeholders: placeholder -> parameter."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {node: names[id(value)] for node, value in _lift(module, "param", lambda value: id(value) in names).items()}
+
+
 def _lift_constants(module: fx.GraphModule) -> dict[str, Tensor]:
     """Real tensors that the trace burnt in become placeholders: name -> tensor."""
-    graph, constants = module.graph, {}
-    lifted: dict[str, fx.Node] = {}
+    return _lift(module, "constant", lambda value: True)
+
+
+def _lift(module: fx.GraphModule, prefix: str, wanted: Callable[[Tensor], bool]) -> dict[str, Tensor]:
+    graph, found = module.graph, {}
+    lifted: dict[int, fx.Node] = {}
     first = next(iter(graph.nodes))
     for node in list(graph.nodes):
-        if node.op != "get_attr" or not isinstance(value := getattr(module, str(node.target)), Tensor):
+        value = getattr(module, str(node.target)) if node.op == "get_attr" else None
+        if not isinstance(value, Tensor) or not wanted(value):
             continue
-        if str(node.target) not in lifted:
+        if id(value) not in lifted:
             with graph.inserting_before(first):
-                new = graph.placeholder(f"constant{len(lifted)}")
+                new = graph.placeholder(f"{prefix}{len(lifted)}")
             new.meta["val"] = value
-            lifted[str(node.target)] = new
-            constants[new.name] = value
-        node.replace_all_uses_with(lifted[str(node.target)])
+            lifted[id(value)] = new
+            found[new.name] = value
+        node.replace_all_uses_with(lifted[id(value)])
         graph.erase_node(node)
-    return constants
+    return found
 
 
 def explain_failure(error: Exception, model: nn.Module) -> str:
