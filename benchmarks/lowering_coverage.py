@@ -189,8 +189,8 @@ def report(done: list[Lowered]) -> str:
         f"# Lowered and equal at tiny size on {RANKS} ranks: {len(equal)} of {total} classes that plan "
         f"({len(equal) / max(1, total):.0%})",
         "",
-        f"{len(equal) - len(rounded)} within 1e-9 where the model computes in float64 and 1e-5 where it, or a part of it, "
-        f"computes in float32; {len(rounded)} more with gradients as exact as float32 makes them, which change as much "
+        f"{len(equal) - len(rounded)} within 1e-9 where the model computes in float64 and 1e-5 where it, or a part of "
+        f"it, computes in float32; {len(rounded)} more with gradients as exact as float32 makes them, which change as much "
         f"in one process when the weights are rounded ({', '.join(rounded) or 'none'}).",
         "",
         f"{len(done)} tried, on average {sum(r.seconds for r in done) / max(1, len(done)):.0f} s of processor time. "
