@@ -190,8 +190,8 @@ def report(done: list[Lowered]) -> str:
         f"({len(equal) / max(1, total):.0%})",
         "",
         f"{len(equal) - len(rounded)} within 1e-9 where the model computes in float64 and 1e-5 where it, or a part of "
-        f"it, computes in float32; {len(rounded)} more with gradients as exact as float32 makes them, which change as much "
-        f"in one process when the weights are rounded ({', '.join(rounded) or 'none'}).",
+        f"it, computes in float32; {len(rounded)} more with gradients as exact as float32 makes them, which change as "
+        f"much in one process when the weights are rounded ({', '.join(rounded) or 'none'}).",
         "",
         f"{len(done)} tried, on average {sum(r.seconds for r in done) / max(1, len(done)):.0f} s of processor time. "
         "Made by `python benchmarks/coverage.py --lower` "

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from omnicompile.anchors.attention_cpu import fused_attention, fused_attention_backward, is_fused
+from omnicompile.anchors.attention_cuda import flash_attention, flash_attention_backward, is_flash
 
 
 def _segments(cu_q: Tensor | None, cu_k: Tensor | None, q_len: int, kv_len: int) -> list[tuple[int, int, int, int]]:
@@ -85,6 +86,9 @@ def attention(
     window: int,
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
+    if is_flash(q, k, v, sinks, softcap):
+        out, lse = flash_attention(q, k, v, cu_q, cu_k, causal, scale, window)
+        return _laid_out(out), lse.contiguous()
     fused = is_fused(q, k, v, sinks, softcap)
     if fused and cu_q is None:
         out, lse = fused_attention(q, k, v, causal, scale, window)
@@ -134,6 +138,9 @@ def attention_backward(
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and of the sinks (an empty tensor when there are none)."""
+    if is_flash(q, k, v, sinks, softcap):
+        dq, dk, dv = flash_attention_backward(grad, q, k, v, out, lse, cu_q, cu_k, causal, scale, window)
+        return _laid_out(dq), _laid_out(dk), _laid_out(dv), q.new_empty(0)
     fused = is_fused(q, k, v, sinks, softcap)
     if fused and cu_q is None:
         dq, dk, dv = fused_attention_backward(grad, q, k, v, out, lse, causal, scale, window)

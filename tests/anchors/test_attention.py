@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from omnicompile.anchors import attention as _attention  # noqa: F401  (defines the operator)
 from omnicompile.anchors.attention_cpu import is_fused
 from omnicompile.torch_compat import FakeTensorMode
 
