@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from omnicompile.anchors.huggingface import anchored
+from omnicompile.capture.host_mode import MAX_HOST_ELEMENTS
 from omnicompile.capture.trace import explain_failure
 from omnicompile.errors import CaptureError, InputError
 from omnicompile.lowering.cleanup import clean
@@ -191,6 +192,12 @@ def _captured(
     params = {p: strip(n) for p, n in signature.inputs_to_parameters.items()}
     buffers = {p: strip(n) for p, n in signature.inputs_to_buffers.items()}
     constants = {p: exported.constants[n] for p, n in signature.inputs_to_lifted_tensor_constants.items()}
+    for value in constants.values():
+        if value.numel() > MAX_HOST_ELEMENTS:  # not taken for metadata, so whose values it holds is not known
+            raise CaptureError(
+                f"the forward makes a tensor of shape {list(value.shape)} outside the traced graph, too large for an "
+                f"input (more than {MAX_HOST_ELEMENTS:,} elements): give it as an input, or train shorter sequences"
+            )
     known = {*params, *buffers, *constants}
     rest = [n for n in gm.graph.find_nodes(op="placeholder") if n.name not in known]
     host = {n.name: sources[int(n.name.removeprefix("host_"))] for n in rest if n.name.startswith("host_")}

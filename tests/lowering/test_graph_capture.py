@@ -143,3 +143,23 @@ def test_padding_is_found_by_the_values_of_the_batch() -> None:
     torch.testing.assert_close(run(captured, model, inputs.prepare({"pixels": second}))[0], model(second))
     with pytest.raises((InputError, LoweringError)):
         inputs.prepare({"pixels": torch.randn(2, 2, 4)})
+
+
+class _WideMask(nn.Module):
+    """Attention weights hidden by a matrix that is made of the batch's tokens, as wide as long."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(8, 4)
+        self.width = width
+
+    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:
+        x = self.embed(input_ids)
+        seen = (input_ids > 3).unsqueeze(-1).expand(-1, -1, self.width)
+        return {"loss": (x @ x.new_ones(4, self.width)).masked_fill(seen, 0.0).sum()}
+
+
+def test_metadata_too_large_for_an_input_is_refused() -> None:
+    capture_forward(_WideMask(16), {"input_ids": torch.arange(6000).view(1, -1) % 8})
+    with pytest.raises(CaptureError, match=r"shape \[1, 6000, 6000\] outside the traced graph, too large"):
+        capture_forward(_WideMask(6000), {"input_ids": torch.arange(6000).view(1, -1) % 8})
