@@ -45,10 +45,12 @@ class LayerCall:
 
 @dataclass
 class Repeats:
-    """What was found while tracing. `calls`: every layer call, in order, inside traced layers too."""
+    """What was found while tracing. `calls`: every layer call, in order, inside traced layers too. `alike`: paths of
+    layers of the structure of one before them, most of which are not traced."""
 
     kinds: list[LayerKind] = field(default_factory=list)
     calls: list[LayerCall] = field(default_factory=list)
+    alike: frozenset[str] = frozenset()
 
     def executions(self, kind: int) -> int:
         """How often layers of a kind run in one forward, calls inside repeated outer layers counted."""
@@ -190,7 +192,8 @@ def record_repeats(model: nn.Module) -> Iterator[Repeats]:
     """While active, layers of `model` are traced once a kind. The layers' forwards are restored at the end."""
     candidates = layer_candidates(model)
     keys = structure_keys(candidates)
-    repeats = Repeats()
+    first = {key: path for path, key in reversed(keys.items())}
+    repeats = Repeats(alike=frozenset(path for path, key in keys.items() if first[key] != path))
     recorder = _Recorder(repeats)
     wrapped = []
     try:

@@ -151,29 +151,40 @@ def trace_forward(
 
 @dataclass(frozen=True)
 class _Slot:
-    """Where a module keeps a buffer: `store[key]`. Shared tensors have one `index`."""
+    """Where a module keeps a parameter or buffer: `store[key]`. Shared tensors have one `index`."""
 
     store: dict[str, Any]
     key: str
     index: int
 
 
-def _buffers(model: nn.Module) -> tuple[list[Tensor], list[str], list[_Slot]]:
-    """Every buffer once, their names, and all the places that hold them."""
+def _state(model: nn.Module, alike: frozenset[str]) -> tuple[list[Tensor], list[str], list[_Slot]]:
+    """Every buffer and parameter once but for those of modules `alike`, their names, and the places that hold them.
+
+    A model has most of its parameters in layers that are like others and are not traced, and each argument of a trace
+    takes time. If such a layer is traced after all, its parameters enter as attributes (`_lift_parameters`).
+    """
     tensors: list[Tensor] = []
     names: list[str] = []
     slots: list[_Slot] = []
     index: dict[int, int] = {}
     for path, module in model.named_modules():
-        for key, tensor in module._buffers.items():
-            if tensor is None:
-                continue
-            if id(tensor) not in index:
-                index[id(tensor)] = len(tensors)
-                tensors.append(tensor)
-                names.append(f"{path}.{key}" if path else key)
-            slots.append(_Slot(module._buffers, key, index[id(tensor)]))
+        later = _is_inside(path, alike)
+        for store in (module._buffers,) if later else (module._parameters, module._buffers):
+            for key, tensor in store.items():
+                if tensor is None:
+                    continue
+                if id(tensor) not in index:
+                    index[id(tensor)] = len(tensors)
+                    tensors.append(tensor)
+                    names.append(f"{path}.{key}" if path else key)
+                slots.append(_Slot(store, key, index[id(tensor)]))
     return tensors, names, slots
+
+
+def _is_inside(path: str, outer: frozenset[str]) -> bool:
+    parts = path.split(".")
+    return any(".".join(parts[:n]) in outer for n in range(1, len(parts) + 1))
 
 
 def _trace(
@@ -184,7 +195,7 @@ def _trace(
     paths: list[ModuleSpan],
     mode: FakeTensorMode,
 ) -> TracedForward:
-    tensors, names, slots = _buffers(model)
+    tensors, names, slots = _state(model, repeats.alike)
     originals = [slot.store[slot.key] for slot in slots]
 
     host_mode = HostMode()
@@ -205,12 +216,14 @@ def _trace(
         module = trace_pre_dispatch(forward, [*tensors, *traced.values()])
     _name_modules(module.graph, paths)
     placeholders = [n.name for n in module.graph.find_nodes(op="placeholder")]
-    params = _lift_parameters(module, model)
+    params = {p: n for p, n, t in zip(placeholders, names, tensors) if isinstance(t, nn.Parameter)}
+    buffers = {p: n for p, n in zip(placeholders, names) if p not in params}
+    params |= _lift_parameters(module, model)
     constants = _lift_constants(module)
     return TracedForward(
         graph=module,
         params=params,
-        buffers=dict(zip(placeholders, names)),
+        buffers=buffers,
         inputs=dict(zip(placeholders[len(tensors) :], traced)),
         constants=constants,
         repeats=repeats,
@@ -267,8 +280,7 @@ def _name_modules(graph: fx.Graph, spans: list[ModuleSpan]) -> None:
 
 
 def _lift_parameters(module: fx.GraphModule, model: nn.Module) -> dict[str, str]:
-    """Parameters enter a trace as attributes, those only that it reads: a model has many more in layers that are not
-    traced, and each argument of a trace takes time. They become placeholders: placeholder -> parameter."""
+    """Parameters that the trace met without having them as arguments become placeholders: placeholder -> parameter."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {node: names[id(value)] for node, value in _lift(module, "param", lambda value: id(value) in names).items()}
 
