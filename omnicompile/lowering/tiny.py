@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from omnicompile.capture.inputs import FloatSpec, InputRequest, input_constraints, make_inputs
+from omnicompile.capture.inputs.stand_ins import fill_placeholders
 from omnicompile.capture.source import ModelSource
 from omnicompile.errors import CaptureError, InputError, OmniCompileError
 from omnicompile.lowering.graph_capture import find_outputs
@@ -131,6 +132,7 @@ def _instance(original: PreTrainedModel, config: Any, dtype: torch.dtype) -> tup
     if dtype is torch.float64:
         model.set_experts_implementation("eager")  # the grouped product takes no float64
     _randomized(model)
+    fill_placeholders(model)
     batch = _batches(model, dtype)
     _check_runs(model, batch(0))
     return model, batch

@@ -22,25 +22,36 @@ _PLACEHOLDER = re.compile(r"^(image|audio|video)_token_(id|index)$")
 def placeholders_filled(model: nn.Module) -> Iterator[tuple[str, ...]]:
     """While active, placeholder ids that are None in the model's configurations, or that a module copied from there,
     are ids at the end of the vocabulary that have no other meaning. Gives a note per id; all is put back at the end."""
+    changed, notes = _fill(model)
+    try:
+        yield notes
+    finally:
+        for owner, name in changed:
+            setattr(owner, name, None)
+
+
+def fill_placeholders(model: nn.Module) -> None:
+    """The same for good: for a model that is made to be run."""
+    _fill(model)
+
+
+def _fill(model: nn.Module) -> tuple[list[tuple[Any, str]], tuple[str, ...]]:
+    """What was changed, and a note per id."""
     config = getattr(model, "config", None)
     open_fields = [(owner, name) for owner in _owners(model) for name in _open_names(owner)]
     stated = [name for owner, name in open_fields if not isinstance(owner, nn.Module)]
     if config is None or not stated:
-        yield ()
-        return
+        return [], ()
     ids = _free_ids(config, {_modality(name) for name in stated})
     changed = [(owner, name) for owner, name in open_fields if _modality(name) in ids]
-    try:
-        for owner, name in changed:
-            setattr(owner, name, ids[_modality(name)])
-        yield tuple(
-            f"the configuration sets no {name}: planned with {ids[_modality(name)]}, a free id of the vocabulary"
-            for name in dict.fromkeys(stated)
-            if _modality(name) in ids
-        )
-    finally:
-        for owner, name in changed:
-            setattr(owner, name, None)
+    for owner, name in changed:
+        setattr(owner, name, ids[_modality(name)])
+    notes = tuple(
+        f"the configuration sets no {name}: planned with {ids[_modality(name)]}, a free id of the vocabulary"
+        for name in dict.fromkeys(stated)
+        if _modality(name) in ids
+    )
+    return changed, notes
 
 
 def _open_names(owner: Any) -> list[str]:
