@@ -54,7 +54,8 @@ def test_the_graph_of_regions_computes_the_same(compile: Any) -> None:
 def test_the_number_of_compilations_does_not_grow_with_depth() -> None:
     mesh = Mesh(dp_shard=2, sp=2, ep=2)
     counts = {layers: compile_regions(step_of(layers, mesh).gm, keep)[1] for layers in (2, 4, 8)}
-    assert len(set(counts.values())) == 1, counts
+    # Two layers are the first and the last; from three on there is the region of a layer between them.
+    assert counts[4] == counts[8] <= counts[2] + 1, counts
 
 
 def test_collectives_and_anchors_stay_outside() -> None:
