@@ -1,9 +1,11 @@
-"""What a report says of a Plan beyond the Plan's own fields; the terminal and the JSON view share it."""
+"""What a report says of a Plan beyond the Plan's own fields; the terminal, the JSON view and the page share it."""
 
 from __future__ import annotations
 
-from omnicompile.plan import BlockPlan, Layout, Mesh, Plan, Prediction
+from omnicompile.cluster import Cluster
+from omnicompile.plan import BlockPlan, Layout, Mesh, Plan, Prediction, Sharding
 from omnicompile.program import Program, Segment
+from omnicompile.report.units import count_text, plural
 
 LAYOUT_WORDS = {
     Layout.BATCH: "own batch",
@@ -57,6 +59,79 @@ def mesh_words(mesh: Mesh) -> str:
     }
     words = " x ".join(f"{name} {degree}" for name, degree in degrees.items() if degree > 1) or "one rank"
     return words + (f", ep {mesh.ep}" if mesh.ep > 1 else "")
+
+
+def rank_words(mesh: Mesh) -> str:
+    """dp_shard 32 x sp 4 = 128 ranks."""
+    words = mesh_words(mesh)
+    return f"{words} = {mesh.world:,} ranks" if mesh.world > 1 else words
+
+
+def cluster_words(cluster: Cluster) -> str:
+    """128 x h100 (16 nodes of 8)."""
+    nodes = "1 node" if cluster.nodes == 1 else f"{cluster.nodes} nodes of {cluster.gpus_per_node}"
+    return f"{cluster.gpus:,} x {cluster.gpu} ({nodes})"
+
+
+def model_words(program: Program) -> str:
+    """The model's name, its parameters, and those that work on one token."""
+    total, active = program.param_count, active_param_count(program)
+    words = f"{program.name}: {count_text(total)} parameters"
+    return f"{words}, {count_text(active)} active per token" if active < total else words
+
+
+def sample_words(plan: Plan, program: Program | None) -> str:
+    """One training sample: its tokens, images and audio."""
+    load = plan.workload
+    words = [f"{load.seq_len:,} tokens"]
+    images = load.images if program is None else program.sample.images
+    if images:
+        each = f" of {load.image_size[0]}x{load.image_size[1]}"
+        if program is not None and program.sample.patches_per_image:
+            each = f" ({program.sample.patches_per_image:,} patches each)"
+        words.append(plural(images, "image") + each)
+    if program is None and load.audio_seconds:
+        words.append(f"{load.audio_seconds:g} s of audio")
+    if program is not None and program.sample.clips:
+        words.append(plural(program.sample.clips, "audio clip") + f" ({program.sample.frames_per_clip:,} frames each)")
+    return ", ".join(words)
+
+
+def step_words(plan: Plan) -> str:
+    """Samples and tokens of an optimizer step, and how they come together."""
+    samples = plan.global_batch
+    steps, ranks = plural(plan.accumulation, "micro-step"), plural(plan.mesh.data_ranks, "data rank")
+    factors = f"{plan.micro_batch} per micro-batch x {steps} x {ranks}"
+    return f"{plural(samples, 'sample')}, {count_text(samples * plan.workload.seq_len)} tokens ({factors})"
+
+
+def option_words(plan: Plan) -> str:
+    """Choices that concern the whole step."""
+    words = [
+        f"{plan.param_dtype} compute",
+        f"{plan.reduce_dtype} gradient reduction",
+        f"{plan.loss_head.value} loss head",
+    ]
+    return ", ".join(words) + (", optimizer offloaded" if plan.offload_optimizer else "")
+
+
+def sharding_words(block: BlockPlan) -> str:
+    """fsdp, or "fsdp, kept" where gathered parameters stay whole from the forward to the backward."""
+    return block.sharding.value + ("" if block.reshard or block.sharding is Sharding.REPLICATE else ", kept")
+
+
+def recompute_words(block: BlockPlan) -> str:
+    """selective, or "selective, offload" where what is saved waits in host memory."""
+    return block.recompute.value + (", offload" if block.offload else "")
+
+
+def slower_words(plan: Plan, best: Plan) -> str:
+    """-1.5%: the throughput of `plan` against that of `best`."""
+    if plan.prediction is None or best.prediction is None or not best.prediction.tokens_per_second_per_gpu:
+        return ""
+    ratio = plan.prediction.tokens_per_second_per_gpu / best.prediction.tokens_per_second_per_gpu
+    change = f"{(ratio - 1) * 100:+.1f}%"
+    return "0.0%" if change in ("+0.0%", "-0.0%") else change
 
 
 def block_words(block: BlockPlan, other: BlockPlan) -> str:

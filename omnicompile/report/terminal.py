@@ -14,7 +14,7 @@ from rich.text import Text
 from omnicompile.plan import BlockPlan, Plan, Prediction
 from omnicompile.program import Program
 from omnicompile.report import figures
-from omnicompile.report.units import count_text, digits, gib, percent, plural, seconds_text
+from omnicompile.report.units import count_text, digits, gib, percent, seconds_text
 
 MIN_WIDTH, MAX_WIDTH = 60, 120
 FULL_WIDTH = 96  # below it tables are set closer
@@ -68,9 +68,7 @@ def columns(width: int | None) -> int:
 
 
 def _title(plan: Plan) -> Text:
-    cluster = plan.cluster
-    nodes = "1 node" if cluster.nodes == 1 else f"{cluster.nodes} nodes of {cluster.gpus_per_node}"
-    return Text.assemble((plan.model, "bold"), f" on {cluster.gpus:,} x {cluster.gpu} ({nodes})")
+    return Text.assemble((plan.model, "bold"), f" on {figures.cluster_words(plan.cluster)}")
 
 
 def _heading(text: str, detail: str = "") -> Text:
@@ -86,11 +84,11 @@ def _summary(plan: Plan, program: Program | None) -> Table:
     table.add_column(style="dim")
     table.add_column()
     if program is not None:
-        table.add_row("model", _model_words(program))
-    table.add_row("sample", _sample_words(plan, program))
-    table.add_row("step", _step_words(plan))
-    table.add_row("mesh", _mesh_words(plan))
-    table.add_row("options", _option_words(plan))
+        table.add_row("model", figures.model_words(program))
+    table.add_row("sample", figures.sample_words(plan, program))
+    table.add_row("step", figures.step_words(plan))
+    table.add_row("mesh", figures.rank_words(plan.mesh))
+    table.add_row("options", figures.option_words(plan))
     if plan.prediction is None:
         table.add_row("speed", "not priced")
         return table
@@ -100,49 +98,6 @@ def _summary(plan: Plan, program: Program | None) -> Table:
         price = "" if cost is None else f", costing {digits(cost)} at {plan.cluster.price_per_gpu_hour:g} per GPU-hour"
         table.add_row("cost", f"{digits(hours)} GPU-hours per billion tokens{price}")
     return table
-
-
-def _model_words(program: Program) -> str:
-    total, active = program.param_count, figures.active_param_count(program)
-    words = f"{program.name}: {count_text(total)} parameters"
-    return f"{words}, {count_text(active)} active per token" if active < total else words
-
-
-def _sample_words(plan: Plan, program: Program | None) -> str:
-    load = plan.workload
-    words = [f"{load.seq_len:,} tokens"]
-    images = load.images if program is None else program.sample.images
-    if images:
-        each = f" of {load.image_size[0]}x{load.image_size[1]}"
-        if program is not None and program.sample.patches_per_image:
-            each = f" ({program.sample.patches_per_image:,} patches each)"
-        words.append(plural(images, "image") + each)
-    if program is None and load.audio_seconds:
-        words.append(f"{load.audio_seconds:g} s of audio")
-    if program is not None and program.sample.clips:
-        words.append(plural(program.sample.clips, "audio clip") + f" ({program.sample.frames_per_clip:,} frames each)")
-    return ", ".join(words)
-
-
-def _step_words(plan: Plan) -> str:
-    samples = plan.global_batch
-    steps, ranks = plural(plan.accumulation, "micro-step"), plural(plan.mesh.data_ranks, "data rank")
-    factors = f"{plan.micro_batch} per micro-batch x {steps} x {ranks}"
-    return f"{plural(samples, 'sample')}, {count_text(samples * plan.workload.seq_len)} tokens ({factors})"
-
-
-def _mesh_words(plan: Plan) -> str:
-    words = figures.mesh_words(plan.mesh)
-    return f"{words} = {plan.mesh.world:,} ranks" if plan.mesh.world > 1 else words
-
-
-def _option_words(plan: Plan) -> str:
-    words = [
-        f"{plan.param_dtype} compute",
-        f"{plan.reduce_dtype} gradient reduction",
-        f"{plan.loss_head.value} loss head",
-    ]
-    return ", ".join(words) + (", optimizer offloaded" if plan.offload_optimizer else "")
 
 
 def _speed_words(prediction: Prediction) -> Text:
@@ -171,11 +126,11 @@ def _block_row(name: str, block: BlockPlan, prediction: Prediction | None, progr
     return [
         f"{name} (frozen)" if block.frozen else name,
         params,
-        block.sharding.value + ("" if block.reshard or block.sharding.value == "replicate" else ", kept"),
+        figures.sharding_words(block),
         figures.LAYOUT_WORDS[block.layout],
         str(block.sp) if block.sp > 1 else "-",
         str(block.ep) if block.ep > 1 else "-",
-        block.recompute.value + (", offload" if block.offload else ""),
+        figures.recompute_words(block),
         "-" if memory is None else gib(memory),
         "-" if time is None else seconds_text(time),
     ]
@@ -238,13 +193,5 @@ def _alternatives(best: Plan, plans: Sequence[Plan], reasons: Sequence[str]) -> 
         choice = Text("; ".join(figures.differences(plan, best)) or "the same choices")
         reason = reasons[index] if index < len(reasons) else ""
         body = Group(choice, Text(reason, style="dim")) if reason else choice
-        table.add_row(str(index + 2), _slower(plan, best), body)
+        table.add_row(str(index + 2), figures.slower_words(plan, best), body)
     return table
-
-
-def _slower(plan: Plan, best: Plan) -> str:
-    if plan.prediction is None or best.prediction is None or not best.prediction.tokens_per_second_per_gpu:
-        return ""
-    ratio = plan.prediction.tokens_per_second_per_gpu / best.prediction.tokens_per_second_per_gpu
-    change = f"{(ratio - 1) * 100:+.1f}%"
-    return "0.0%" if change in ("+0.0%", "-0.0%") else change
