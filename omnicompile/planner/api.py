@@ -76,7 +76,7 @@ def plan_program(
 ) -> PlanResult:
     """As `plan_source`, for a Program that is at hand. `name`: what the plan calls the model."""
     started = time.perf_counter()
-    search = _Search(program, cluster, workload, parse_pins(pins or {}, program), name or program.source)
+    search = Search(program, cluster, workload, parse_pins(pins or {}, program), name or program.source)
     progress(f"planning for {cluster.gpus} x {cluster.gpu}")
     solution = search.solver.solve(top, progress)
     if not solution.best:
@@ -109,7 +109,7 @@ def min_gpus(
         if _fits(program, smaller, workload, parsed):
             result = plan_program(program, smaller, workload, pins, top, progress, name=source.spec)
             return replace(result, seconds={"capture": seconds, **result.seconds})
-    raise _Search(program, cluster, workload, parsed, source.spec).infeasible()
+    raise Search(program, cluster, workload, parsed, source.spec).infeasible()
 
 
 def _gpu_counts(cluster: Cluster) -> list[int]:
@@ -136,13 +136,13 @@ def max_seq_len(
 
     def fits(seq_len: int) -> bool:
         progress(f"trying {seq_len} tokens")
-        return _fits(_resized(program, seq_len), cluster, replace(workload, seq_len=seq_len), parsed)
+        return _fits(resized(program, seq_len), cluster, replace(workload, seq_len=seq_len), parsed)
 
     longest = longest_that(fits)
     if longest is None:
-        raise _Search(_resized(program, _SEQ_STEP), cluster, workload, parsed, source.spec).infeasible()
+        raise Search(resized(program, _SEQ_STEP), cluster, workload, parsed, source.spec).infeasible()
     best = replace(workload, seq_len=longest)
-    result = plan_program(_resized(program, longest), cluster, best, pins, top, progress, name=source.spec)
+    result = plan_program(resized(program, longest), cluster, best, pins, top, progress, name=source.spec)
     return replace(result, seconds={"capture": seconds, **result.seconds})
 
 
@@ -168,18 +168,18 @@ def _captured(source: ModelSource, workload: Workload, cache: bool, progress: Pr
     return program, time.perf_counter() - started
 
 
-def _resized(program: Program, seq_len: int) -> Program:
+def resized(program: Program, seq_len: int) -> Program:
     return replace(program, sample=replace(program.sample, seq_len=seq_len))
 
 
 def _fits(program: Program, cluster: Cluster, workload: Workload, pins: Pins) -> bool:
     try:
-        return _Search(program, cluster, workload, pins, "").solver.feasible()
+        return Search(program, cluster, workload, pins, "").solver.feasible()
     except PlanError:
         return False
 
 
-class _Search:
+class Search:
     """A space and its solver. Raises PlanError if no plan is left to choose from, whatever its memory."""
 
     def __init__(self, program: Program, cluster: Cluster, workload: Workload, pins: Pins, name: str) -> None:
@@ -239,7 +239,7 @@ class _Search:
         while seq_len * 2 < now:
             seq_len *= 2
         while seq_len >= _SEQ_STEP:
-            if _fits(_resized(space.program, seq_len), space.cluster, space.workload, space.pins):
+            if _fits(resized(space.program, seq_len), space.cluster, space.workload, space.pins):
                 return seq_len
             seq_len //= 2
         return None
