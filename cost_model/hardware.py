@@ -103,6 +103,7 @@ class Hardware:
     sustained_fraction: of the rates of short kernel benchmarks that GEMM and attention keep up through a training step.
     attention: constants by implementation ("fa2", "fa3", ...); attention_kernel: the one assumed.
     contention_factor: relative slowdown of compute while a collective runs beside it (SMs and memory bandwidth shared).
+    eager_traffic: bytes moved by element-wise work that is not compiled, relative to the fused kernels of Inductor.
     """
 
     name: str
@@ -125,6 +126,7 @@ class Hardware:
     attention_kernel: str
     collective: CollectiveEfficiency
     contention_factor: float
+    eager_traffic: float = 1.0
 
     def peak(self, dtype: str) -> float:
         """FLOP/s at `dtype` ("bfloat16", "torch.bfloat16", "bf16", "float8_e4m3fn", ...)."""

@@ -81,6 +81,34 @@ def attention_seconds(
     return max(seconds, nbytes / (hw.memory_bandwidth * hw.memory_fraction), hw.kernel_launch_seconds)
 
 
+def unfused_attention_seconds(
+    heads: float,
+    head_dim: float,
+    v_head_dim: float,
+    pairs: float,
+    q_tokens: float,
+    backward: bool,
+    dtype: str,
+    hw: Hardware,
+) -> float:
+    """Attention as batched GEMMs with the scores in memory, all pairs computed whatever the mask.
+
+    Forward: scores, softmax (read, write), dropout (read, write, a byte of mask), product with the values. Backward:
+    four GEMMs and the gradients of dropout and softmax. Segments of equal length pairs / q_tokens.
+    """
+    if pairs <= 0 or heads <= 0 or q_tokens <= 0:
+        return 0.0
+    length = pairs / q_tokens
+    batch = heads * q_tokens / length
+    scores = gemm_seconds(length, length, head_dim, batch, dtype, hw)
+    values = gemm_seconds(length, v_head_dim, length, batch, dtype, hw)
+    width = _BYTES.get(hw.dtype_key(dtype), 2)
+    elements = heads * pairs
+    if backward:
+        return 2.0 * (scores + values) + memory_seconds((5.0 * width + 1.0) * elements, hw)
+    return scores + values + memory_seconds((4.0 * width + 1.0) * elements, hw)
+
+
 def memory_seconds(nbytes: float, hw: Hardware) -> float:
     """A memory-bound kernel that reads and writes `nbytes` in all."""
     if nbytes <= 0:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from omnicompile.cost_model.hardware import Hardware
 from omnicompile.cost_model.step_layout import Groups
-from omnicompile.cost_model.step_units import MASTER_BYTES, StepOptions
+from omnicompile.cost_model.step_units import StepOptions, owned_params
 from omnicompile.program import Program, Segment
 
 if TYPE_CHECKING:
@@ -29,8 +29,7 @@ if TYPE_CHECKING:
 Table = NDArray[np.float64]
 
 KINDS = ("parameters", "gradients", "optimizer", "activations", "temporaries", "gathered parameters", "buffers")
-_ACTIVATIONS, _TEMPORARIES, _GATHERED, _BUFFERS, _GRADIENTS = 3, 4, 5, 6, 1
-MOMENT_BYTES = 8
+ACTIVATION_ROW, _TEMPORARIES, _GATHERED, _BUFFERS, _GRADIENTS = 3, 4, 5, 6, 1
 
 
 @dataclass(frozen=True)
@@ -55,16 +54,20 @@ def static_memory(
     offload_optimizer: bool,
 ) -> StaticMemory:
     """State of a block's parameters, those shared with another segment counted once."""
-    expert = sum(s.expert_param_count * s.count for s in segments)
-    dense = sum(s.param_count * s.count for s in segments) - expert
-    local = dense / groups.shard.size + expert / (groups.experts.size * groups.expert_shard.size)
+    dense, expert = owned_params(segments, groups)
+    local = dense + expert
     if not trained:
         return StaticMemory(local * options.param_bytes, 0.0, 0.0, 0.0)
     gradients = local * options.reduce_bytes
     if offload_optimizer:
         return StaticMemory(local * options.param_bytes, gradients, 0.0, local)
-    copy = options.param_bytes if groups.resident and options.param_bytes != MASTER_BYTES else 0
-    return StaticMemory(local * (MASTER_BYTES + copy), gradients, local * MOMENT_BYTES, local)
+    dense_share, expert_share = groups.optimizer_share
+    updated = dense / dense_share + expert / expert_share
+    copy = options.param_bytes if groups.resident and options.param_bytes != options.master_bytes else 0
+    if groups.zero1:  # every rank has all parameters, and a part of the master weights
+        whole = local * options.param_bytes + (updated * options.master_bytes if copy else 0.0)
+        return StaticMemory(whole, gradients, updated * options.moment_bytes, updated)
+    return StaticMemory(local * (options.master_bytes + copy), gradients, local * options.moment_bytes, local)
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,7 @@ class MemoryLayout:
             return table
         units = [work.units[segment] for segment in here.segments]
         # Activations on their way to or from the host: the instance at work and the next one.
-        table[_ACTIVATIONS] = _row(u.saved for u in units) @ here.saved + _row(u.host for u in units) @ here.moving
+        table[ACTIVATION_ROW] = _row(u.saved for u in units) @ here.saved + _row(u.host for u in units) @ here.moving
         table[_BUFFERS] = _row(u.exchange for u in units) @ (here.forward + here.backward)
         backward_peaks = _row(u.backward_peak + u.recomputed for u in units)
         table[_TEMPORARIES] = _row(u.forward_peak for u in units) @ here.forward + backward_peaks @ here.backward

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from omnicompile.cost_model.step_layout import Gradient, Groups, Split
-from omnicompile.cost_model.step_numbers import OpNumbers, SegmentNumbers
+from omnicompile.cost_model.step_numbers import ACTIVATION_BYTES, OpNumbers, SegmentNumbers
 from omnicompile.cost_model.step_price import Piece, Prices
+from omnicompile.cost_model.tensor_parallel import Exchange, Role, exchanges
 from omnicompile.program import OpKind, Phase, Recompute
 
-ACTIVATION_BYTES = 2
 LOSS_CHUNK_ROWS = 2048
 """Tokens whose logits exist at a time in the chunked loss head."""
 
@@ -31,51 +31,82 @@ def merge(pieces: Iterable[Piece]) -> Chain:
     return tuple(merged)
 
 
-def attention_exchange_bytes(op: OpNumbers, sp: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def attention_exchange_bytes(op: OpNumbers, split: Split) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Bytes of one rank's all-to-all buffers around attention under Ulysses: ((query, key, value), (output,)).
 
     With more ranks than key/value heads, each of those heads is sent to sp / kv_heads ranks.
     """
     shape = op.op.attention
     assert shape is not None
+    sp = split.heads
+    share = ACTIVATION_BYTES / sp / split.tensor / split.context
     kv_heads = max(shape.kv_heads, sp)
-    output = op.q_tokens * shape.heads * shape.v_head_dim * ACTIVATION_BYTES / sp
-    query = op.q_tokens * shape.heads * shape.head_dim * ACTIVATION_BYTES / sp
-    key = op.kv_tokens * kv_heads * shape.head_dim * ACTIVATION_BYTES / sp
-    value = op.kv_tokens * kv_heads * shape.v_head_dim * ACTIVATION_BYTES / sp
+    output = op.q_tokens * shape.heads * shape.v_head_dim * share
+    query = op.q_tokens * shape.heads * shape.head_dim * share
+    key = op.kv_tokens * kv_heads * shape.head_dim * share
+    value = op.kv_tokens * kv_heads * shape.v_head_dim * share
     return (query, key, value), (output,)
+
+
+def ring_pieces(op: OpNumbers, compute: float, split: Split, groups: Groups, prices: Prices) -> Chain:
+    """What of a ring's passing on of keys and values (backward: and of their gradients) is not hidden behind attention.
+
+    Each of `context` steps works on one rank's keys while the next ones arrive, the causal work balanced over ranks.
+    """
+    shape, ranks = op.op.attention, split.context
+    assert shape is not None
+    heads = max(1.0, shape.kv_heads / split.tensor)
+    nbytes = op.kv_tokens / ranks / split.heads * heads * (shape.head_dim + shape.v_head_dim) * ACTIVATION_BYTES
+    passing = prices.collective("send_recv", nbytes * (2 if op.op.phase is Phase.BACKWARD else 1), groups.context)
+    left = (ranks - 1) * max(0.0, sum(piece.seconds for piece in passing) - compute / ranks)
+    return tuple(Piece(piece.stream, left, piece.kind) for piece in passing if left)
 
 
 def expert_exchange_bytes(op: OpNumbers, split: Split) -> float:
     """Bytes of one rank's token rows sent to their experts, with balanced routing."""
     shape = op.op.experts
     assert shape is not None
-    return op.tokens / split.tokens * shape.top_k * shape.hidden * ACTIVATION_BYTES
+    return op.tokens / split.rows(False) * shape.top_k * shape.hidden * ACTIVATION_BYTES
 
 
 def op_chain(
-    ops: Sequence[OpNumbers], seconds: Sequence[float], split: Split, groups: Groups, prices: Prices, kind: str
+    ops: Sequence[OpNumbers],
+    seconds: Sequence[float],
+    split: Split,
+    groups: Groups,
+    prices: Prices,
+    kind: str,
+    cuts: Sequence[Role] = (),
+    width: float = 0.0,
 ) -> Chain:
-    """Operators in order, with all-to-alls around attention (heads split) and around the experts (ep > 1)."""
+    """Operators in order, with all-to-alls around attention (heads split) and around the experts (ep > 1), and the
+    collectives of tensor and context parallelism. cuts, width: as in `tensor_parallel`."""
     pieces: list[Piece] = []
+    around = exchanges(ops, cuts, seconds, split, groups, prices, width) if cuts else {}
     experts = [i for i, op in enumerate(ops) if op.op.kind is OpKind.GROUPED_GEMM and op.op.experts is not None]
     for i, op in enumerate(ops):
         compute = Piece("compute", seconds[i], kind)
+        beside = around.get(i, Exchange())
+        pieces += beside.before
         if op.op.attention is not None and split.heads > 1:
-            inward, outward = attention_exchange_bytes(op, split.heads)
+            inward, outward = attention_exchange_bytes(op, split)
             if op.op.phase is Phase.BACKWARD:
                 inward, outward = outward, inward
             for nbytes in inward:
                 pieces += prices.collective("all_to_all", nbytes, groups.sequence)
             pieces.append(compute)
+            pieces += ring_pieces(op, seconds[i], split, groups, prices)
             for nbytes in outward:
                 pieces += prices.collective("all_to_all", nbytes, groups.sequence)
             continue
         if experts and i == experts[0]:
             pieces += prices.collective("all_to_all", expert_exchange_bytes(op, split), groups.experts)
         pieces.append(compute)
+        if op.op.attention is not None:
+            pieces += ring_pieces(op, seconds[i], split, groups, prices)
         if experts and i == experts[-1]:
             pieces += prices.collective("all_to_all", expert_exchange_bytes(op, split), groups.experts)
+        pieces += beside.after
     return merge(pieces)
 
 

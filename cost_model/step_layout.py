@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from omnicompile.plan import BlockPlan, Layout, Mesh, Sharding
+from omnicompile.plan import OURS, BlockPlan, Layout, Mesh, Sharding, Stack
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,9 @@ class Group:
         return self.size <= 1
 
 
+SOLO = Group(1, 1)
+
+
 def make_group(size: int, stride: int, world: int, gpus_per_node: int) -> Group:
     """`size` ranks, `stride` apart. Groups that straddle nodes unevenly count as the smallest even share."""
     node = min(world, gpus_per_node)
@@ -32,9 +35,11 @@ def make_group(size: int, stride: int, world: int, gpus_per_node: int) -> Group:
 class Groups:
     """The groups that one block communicates in.
 
-    sequence: ranks that share a micro-batch. experts: ranks among which experts are dealt out. shard / expert_shard:
-    ranks among which (the rest of) a parameter is sharded. replica / expert_replica: ranks with equal shards, whose
-    gradients are summed by an all-reduce.
+    sequence: ranks that share a micro-batch and exchange heads for tokens around attention (Ulysses). experts: ranks
+    among which experts are dealt out. shard / expert_shard: ranks among which (the rest of) a parameter is sharded.
+    replica / expert_replica: ranks with equal shards, whose gradients are summed. tensor: ranks that share every
+    matrix; context: ranks that share a micro-batch and pass keys and values around a ring; stages: neighbours of a
+    pipeline. zero1: only the optimizer's state of equal shards is sharded, over `replica` / `expert_replica`.
     """
 
     sequence: Group
@@ -43,52 +48,78 @@ class Groups:
     replica: Group
     expert_shard: Group
     expert_replica: Group
+    tensor: Group = SOLO
+    context: Group = SOLO
+    stages: Group = SOLO
+    expert_tp: int = 1
+    zero1: bool = False
 
     @property
     def resident(self) -> bool:
         """Whole parameters (of this rank's experts) are on the rank all the time."""
         return self.shard.trivial and self.expert_shard.trivial
 
+    @property
+    def optimizer_share(self) -> tuple[int, int]:
+        """Ranks among which the optimizer's state of (dense, expert) shards is dealt out."""
+        return (self.replica.size, self.expert_replica.size) if self.zero1 else (1, 1)
 
-def block_groups(mesh: Mesh, plan: BlockPlan, gpus_per_node: int) -> Groups:
-    """Groups of a block under `plan`; ranks are numbered with sp fastest, then dp_shard, then dp_replicate."""
-    world, inner, ep = mesh.world, mesh.dp_shard * mesh.sp, plan.ep
+
+def block_groups(mesh: Mesh, plan: BlockPlan, gpus_per_node: int, stack: Stack = OURS) -> Groups:
+    """Groups of a block under `plan`; ranks are numbered with tp fastest, then cp, sp, dp_shard, dp_replicate, pp."""
+    stage = mesh.world // mesh.pp
+    data, inner = stage // mesh.tp, mesh.dp_shard * mesh.sp * mesh.cp
+    owners = plan.ep * stack.expert_tp
 
     def group(size: int, stride: int) -> Group:
-        return make_group(size, stride, world, gpus_per_node)
+        return make_group(size, stride, mesh.world, gpus_per_node)
 
-    shard = {Sharding.FSDP: world, Sharding.HSDP: inner, Sharding.REPLICATE: 1}[plan.sharding]
-    replicas = world // shard
+    whole = (Sharding.REPLICATE, Sharding.ZERO1)
+    shard = 1 if plan.sharding in whole else inner if plan.sharding is Sharding.HSDP else data
     # With whole parameters everywhere, the experts' owners are still `ep` apart.
-    expert_shard = max(1, shard // ep)
-    expert_replicas = world // (ep * expert_shard)
+    expert_shard = max(1, shard * mesh.tp // owners) if shard > 1 else 1
+    expert_replicas = stage // (owners * expert_shard)
     return Groups(
-        sequence=group(mesh.sp, 1),
-        experts=group(ep, 1),
-        shard=group(shard, 1),
-        replica=group(replicas, shard),
-        expert_shard=group(expert_shard, ep),
-        expert_replica=group(expert_replicas, ep * expert_shard),
+        sequence=group(mesh.sp, mesh.tp * mesh.cp),
+        experts=group(plan.ep, stack.expert_tp),
+        shard=group(shard, mesh.tp),
+        replica=group(data // shard, shard * mesh.tp),
+        expert_shard=group(expert_shard, owners),
+        expert_replica=group(expert_replicas, owners * expert_shard),
+        tensor=group(mesh.tp, 1),
+        context=group(mesh.cp, mesh.tp),
+        stages=group(mesh.pp, stage),
+        expert_tp=stack.expert_tp,
+        zero1=plan.sharding is Sharding.ZERO1,
     )
 
 
 @dataclass(frozen=True)
 class Split:
     """By what a rank's share of one micro-batch is smaller: `tokens` for rows of activations, `heads` for attention
-    heads (1 where attention sees its own rows only)."""
+    heads (1 where attention sees its own rows only), `tensor` for the columns or rows of every matrix, and of the
+    rows between them if `tensor_sequence`. `context`: ranks of a ring, a part of `tokens`."""
 
     tokens: float = 1.0
     heads: int = 1
+    tensor: int = 1
+    tensor_sequence: bool = True
+    context: int = 1
+
+    def rows(self, inner: bool) -> float:
+        """By what rows times width of an activation are smaller: inside a split matrix product or outside."""
+        return self.tokens * (self.tensor if inner or self.tensor_sequence else 1)
 
 
-def block_split(plan: BlockPlan, sp: int, units: float) -> Split:
+def block_split(plan: BlockPlan, mesh: Mesh, units: float, stack: Stack = OURS) -> Split:
     """The largest rank's share of a block's work. `units`: images or clips in the micro-batch; dealing out whole ones
     leaves the fullest rank with ceil(units / sp)."""
+    sp, tokens, heads = mesh.sp, 1.0, 1
     if plan.layout is Layout.SEQUENCE:
-        return Split(tokens=float(sp), heads=sp)
-    if plan.layout is Layout.IMAGES and units > 0:
-        return Split(tokens=units / math.ceil(units / sp))
-    return Split()
+        tokens, heads = float(sp), sp
+    elif plan.layout is Layout.IMAGES and units > 0:
+        tokens = units / math.ceil(units / sp)
+    return Split(tokens * mesh.cp, heads, mesh.tp, stack.tp_sequence, mesh.cp)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from omnicompile.cost_model.step_units import (
     unit_weights,
     unit_work,
 )
-from omnicompile.plan import BlockPlan, Layout, LossHead, Mesh, Plan
+from omnicompile.plan import BlockPlan, Layout, LossHead, Mesh, Plan, Stack
 from omnicompile.program import Program
 
 OPTIMIZER_BYTES = 28
@@ -68,29 +68,45 @@ def step_options(plan: Plan) -> StepOptions:
         loss_head=plan.loss_head,
         param_bytes=DTYPE_BYTES[plan.param_dtype],
         reduce_bytes=DTYPE_BYTES[plan.reduce_dtype],
+        stack=plan.stack,
     )
 
 
 class StepModel:
-    """Prices blocks of one program on one cluster. Holds every number computed so far."""
+    """Prices blocks of one program on one cluster. Holds every number computed so far.
 
-    def __init__(self, program: Program, cluster: Cluster, hardware: Hardware | None = None) -> None:
+    whole: the model of the program that this one is a part of, such as a stage of a pipeline: it says what is trained
+    upstream, and has its numbers.
+    """
+
+    def __init__(
+        self, program: Program, cluster: Cluster, hardware: Hardware | None = None, whole: StepModel | None = None
+    ) -> None:
         self.program = program
         self.cluster = cluster
         self.hardware = hardware or load_hardware(cluster.gpu)
-        self.numbers = ProgramNumbers(program)
-        self.prices = Prices(self.hardware)
+        self.whole = whole
+        self.numbers: ProgramNumbers = ProgramNumbers(program) if whole is None else whole.numbers
+        self._prices: dict[Stack, Prices] = {} if whole is None else whole._prices
         self._work: dict[tuple[object, ...], BlockWork] = {}
         self._weights: dict[tuple[object, ...], BlockWeights] = {}
         self._weight_units: dict[tuple[object, ...], dict[str, UnitWeights]] = {}
-        self._ops: dict[tuple[str, int, Split, int, bool], tuple[float, ...]] = {}
+        self._ops: dict[tuple[object, ...], tuple[float, ...]] = {} if whole is None else whole._ops
         self._gradients: dict[frozenset[str], dict[str, Gradient]] = {}
         self._group_cache: dict[tuple[object, ...], Groups] = {}
         self._heads = frozenset(s.block for s in program.segments if s.logits is not None)
         self._segments = {b.name: program.block_segments(b.name) for b in program.blocks}
+        self.parts: dict[object, StepModel] = {}
+
+    def prices(self, stack: Stack) -> Prices:
+        if stack not in self._prices:
+            self._prices[stack] = Prices(self.hardware, stack)
+        return self._prices[stack]
 
     def gradients(self, frozen: frozenset[str]) -> dict[str, Gradient]:
         """By segment name, what its backward must produce when the blocks `frozen` are not trained."""
+        if self.whole is not None:
+            return self.whole.gradients(frozen)
         if frozen not in self._gradients:
             self._gradients[frozen] = segment_gradients(self.program, frozen)
         return self._gradients[frozen]
@@ -117,13 +133,13 @@ class StepModel:
     def work(self, name: str, plan: BlockPlan, mesh: Mesh, options: StepOptions, frozen: frozenset[str]) -> BlockWork:
         """What the block's activations cost."""
         loss_head = options.loss_head if name in self._heads else LossHead.FULL
-        groups = self._groups(mesh, plan)
+        groups = self._groups(mesh, plan, options.stack)
         key = (
-            name, plan.layout, plan.recompute, plan.offload, groups.sequence, groups.experts, options.micro_batch,
-            loss_head, frozen,
+            name, plan.layout, plan.recompute, plan.offload, groups.sequence, groups.experts, groups.tensor,
+            groups.context, options.micro_batch, loss_head, frozen, options.stack,
         )  # fmt: skip
         if key not in self._work:
-            self._work[key] = self._block_work(name, plan, groups, options, frozen)
+            self._work[key] = self._block_work(name, plan, mesh, groups, options, frozen)
         return self._work[key]
 
     def weights(
@@ -136,19 +152,20 @@ class StepModel:
         frozen: frozenset[str],
     ) -> BlockWeights:
         """What the block's parameters cost."""
-        groups = self._groups(mesh, plan)
+        groups = self._groups(mesh, plan, options.stack)
         key = (
             name, plan.reshard, groups.experts, groups.shard, groups.replica, groups.expert_shard,
-            groups.expert_replica, options.param_bytes, options.reduce_bytes, offload_optimizer, frozen,
+            groups.expert_replica, groups.tensor, groups.zero1, options.param_bytes, options.reduce_bytes,
+            offload_optimizer, frozen, options.stack,
         )  # fmt: skip
         if key not in self._weights:
             self._weights[key] = self._block_weights(name, plan, groups, options, offload_optimizer, frozen)
         return self._weights[key]
 
-    def _groups(self, mesh: Mesh, plan: BlockPlan) -> Groups:
-        key = (mesh, plan.sharding, plan.ep)
+    def _groups(self, mesh: Mesh, plan: BlockPlan, stack: Stack) -> Groups:
+        key = (mesh, plan.sharding, plan.ep, stack.expert_tp)
         if key not in self._group_cache:
-            self._group_cache[key] = block_groups(mesh, plan, self.cluster.gpus_per_node)
+            self._group_cache[key] = block_groups(mesh, plan, self.cluster.gpus_per_node, stack)
         return self._group_cache[key]
 
     def plan_blocks(self, plan: Plan) -> dict[str, BlockCost]:
@@ -161,17 +178,24 @@ class StepModel:
         }
 
     def _block_work(
-        self, name: str, plan: BlockPlan, groups: Groups, options: StepOptions, frozen: frozenset[str]
+        self,
+        name: str,
+        plan: BlockPlan,
+        mesh: Mesh,
+        groups: Groups,
+        options: StepOptions,
+        frozen: frozenset[str],
     ) -> BlockWork:
         gradients = self.gradients(frozen)
         numbers = self.numbers.at(options.micro_batch)
-        split = block_split(plan, groups.sequence.size, numbers.units[name])
+        split = block_split(plan, mesh, numbers.units[name], options.stack)
+        prices = self.prices(options.stack)
         units = {}
         for segment in self._segments[name]:
             chunked = segment.logits is not None and options.loss_head is LossHead.CHUNKED
-            seconds = self._op_seconds(segment.name, options.micro_batch, split, plan.ep, chunked)
+            seconds = self._op_seconds(segment.name, options, split, plan.ep, chunked)
             own, gradient = numbers.segments[segment.name], gradients[segment.name]
-            units[segment.name] = unit_work(own, plan, gradient, split, groups, options, self.prices, seconds)
+            units[segment.name] = unit_work(own, plan, gradient, split, groups, options, prices, seconds)
         forward, backward = self._edges(name, plan, groups, options, gradients)
         return BlockWork(units, forward, backward)
 
@@ -189,31 +213,34 @@ class StepModel:
         static = static_memory(segments, groups, options, name not in frozen, offload_optimizer)
         if not static.trained_numel:
             return BlockWeights(units, (), 0.0, 0.0, static)
-        replicas = replica_sums(segments, groups, options, self.prices)
-        update = self.prices.memory(static.trained_numel * OPTIMIZER_BYTES)
+        prices = self.prices(options.stack)
+        replicas = replica_sums(segments, groups, options, prices)
+        update = prices.memory(static.trained_numel * OPTIMIZER_BYTES)
         if not offload_optimizer:
             return BlockWeights(units, replicas, update, 0.0, static)
-        copy = self.prices.host_copy(static.trained_numel * options.reduce_bytes)
+        copy = prices.host_copy(static.trained_numel * options.reduce_bytes)
         return BlockWeights(units, replicas, 0.0, max(update, copy), static)
 
     def _unit_weights(
         self, name: str, plan: BlockPlan, groups: Groups, options: StepOptions, frozen: frozenset[str]
     ) -> dict[str, UnitWeights]:
         """By segment; the same object for equal arguments, wherever the optimizer is."""
-        key = (name, plan.reshard, groups, options.param_bytes, options.reduce_bytes, frozen)
+        key = (name, plan.reshard, groups, options.param_bytes, options.reduce_bytes, options.stack, frozen)
         if key not in self._weight_units:
             gradients = self.gradients(frozen)
             self._weight_units[key] = {
-                s.name: unit_weights(s, plan, gradients[s.name], groups, options, self.prices)
+                s.name: unit_weights(s, plan, gradients[s.name], groups, options, self.prices(options.stack))
                 for s in self._segments[name]
             }
         return self._weight_units[key]
 
-    def _op_seconds(self, segment: str, micro_batch: int, split: Split, ep: int, chunked: bool) -> tuple[float, ...]:
-        key = (segment, micro_batch, split, ep, chunked)
+    def _op_seconds(
+        self, segment: str, options: StepOptions, split: Split, ep: int, chunked: bool
+    ) -> tuple[float, ...]:
+        key = (segment, options.micro_batch, split, ep, chunked, options.stack)
         if key not in self._ops:
-            numbers = self.numbers.at(micro_batch).segments[segment]
-            self._ops[key] = op_seconds(numbers, split, ep, chunked, self.prices)
+            numbers = self.numbers.at(options.micro_batch).segments[segment]
+            self._ops[key] = op_seconds(numbers, split, ep, chunked, self.prices(options.stack))
         return self._ops[key]
 
     def _edges(
@@ -225,8 +252,9 @@ class StepModel:
         sizes = self.numbers.at(options.micro_batch).edges
         nbytes = sum(size for edge, size in zip(self.program.edges, sizes) if edge.source == name)
         needed = any(gradients[s.name].any for s in self._segments[name])
-        forward = edge_pieces(nbytes, groups, backward=False, prices=self.prices)
-        return forward, edge_pieces(nbytes, groups, backward=True, prices=self.prices) if needed else ()
+        prices = self.prices(options.stack)
+        forward = edge_pieces(nbytes, groups, backward=False, prices=prices)
+        return forward, edge_pieces(nbytes, groups, backward=True, prices=prices) if needed else ()
 
 
 def segment_gradients(program: Program, frozen: frozenset[str]) -> dict[str, Gradient]:

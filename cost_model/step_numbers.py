@@ -10,6 +10,9 @@ import sympy
 
 from omnicompile.program import Op, Program, Recompute, Segment
 
+ACTIVATION_BYTES = 2
+"""Of one element of an activation that is kept or exchanged."""
+
 _FUNCTIONS: dict[type, Callable[..., float]] = {
     sympy.Add: lambda *args: math.fsum(args),
     sympy.Mul: lambda *args: math.prod(args),

@@ -6,12 +6,22 @@ from dataclasses import dataclass
 
 from omnicompile.cost_model.collectives import channel, collective_seconds
 from omnicompile.cost_model.hardware import Hardware
-from omnicompile.cost_model.kernels import attention_seconds, gemm_seconds, grouped_gemm_seconds, memory_seconds
+from omnicompile.cost_model.kernels import (
+    attention_seconds,
+    gemm_seconds,
+    grouped_gemm_seconds,
+    memory_seconds,
+    unfused_attention_seconds,
+)
 from omnicompile.cost_model.step_layout import Group, Split
 from omnicompile.cost_model.step_numbers import OpNumbers
+from omnicompile.plan import OURS, Stack
 from omnicompile.program import OpKind, Phase
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
+UNFUSED = "unfused"
+QUANTIZE_BYTES = 3
+"""Traffic per element that is cast for a GEMM of lower precision: read in 16 bit, written in 8."""
 
 
 @dataclass(frozen=True)
@@ -24,10 +34,13 @@ class Piece:
 
 
 class Prices:
-    """Seconds on one kind of hardware; remembers collectives, of which few distinct ones occur."""
+    """Seconds on one kind of hardware under one software stack; remembers collectives, of which few distinct ones
+    occur."""
 
-    def __init__(self, hardware: Hardware) -> None:
-        self.hardware = hardware
+    def __init__(self, hardware: Hardware, stack: Stack = OURS) -> None:
+        named = stack.attention_kernel not in ("", UNFUSED)
+        self.hardware = hardware.with_attention_kernel(stack.attention_kernel) if named else hardware
+        self.stack = stack
         self._collectives: dict[tuple[str, float, Group], Piece] = {}
         self._gemms: dict[tuple[float, float, float, float, str], float] = {}
 
@@ -47,57 +60,105 @@ class Prices:
         link = self.hardware.host_link
         return link.latency_seconds + nbytes / link.bytes_per_second
 
-    def op(self, numbers: OpNumbers, split: Split, ep: int) -> float:
-        """Seconds of one operator on the rank with the largest share of the work."""
+    def op(
+        self,
+        numbers: OpNumbers,
+        split: Split,
+        ep: int,
+        inner: bool = False,
+        width: float = 0.0,
+        layer: bool = True,
+    ) -> float:
+        """Seconds of one operator on the rank with the largest share of the work.
+
+        inner: it works on what tensor parallelism divides. width: elements per token outside of that. layer: it is part
+        of a repeated layer; only those run in the stack's precision of linear layers.
+        """
         op = numbers.op
         if op.kind is OpKind.GEMM and op.gemm is not None:
-            return self._gemm(numbers, split)
+            return self._gemm(gemm_sizes(numbers, split, inner, width), numbers, layer)
         if op.kind is OpKind.ATTENTION and op.attention is not None:
             return self._attention(numbers, split)
         if op.kind is OpKind.GROUPED_GEMM and op.experts is not None:
             return self._experts(numbers, split, ep)
-        return self.memory(numbers.activation_bytes / split.tokens + numbers.param_bytes)
+        nbytes = numbers.activation_bytes / split.rows(inner) + numbers.param_bytes / (split.tensor if inner else 1)
+        return self.memory(nbytes * (1.0 if self.stack.compiled else self.hardware.eager_traffic))
 
     def memory(self, nbytes: float) -> float:
         """Seconds of one kernel that streams `nbytes` through device memory."""
         return memory_seconds(nbytes, self.hardware)
 
-    def _gemm(self, numbers: OpNumbers, split: Split) -> float:
-        op = numbers.op
-        m = numbers.m / split.tokens if op.token_dim == "m" else numbers.m
-        k = numbers.k / split.tokens if op.token_dim == "k" else numbers.k
-        key = (m, numbers.n, k, numbers.batch, op.dtype)
+    def _gemm(self, sizes: tuple[float, float, float], numbers: OpNumbers, layer: bool) -> float:
+        dtype = (layer and self.stack.gemm_dtype) or numbers.op.dtype
+        key = (*sizes, numbers.batch, dtype)
         if key not in self._gemms:
             self._gemms[key] = gemm_seconds(*key, self.hardware)
-        return self._gemms[key]
+        if dtype == numbers.op.dtype:
+            return self._gemms[key]
+        return self._gemms[key] + self.memory(_quantized(*sizes, numbers) * QUANTIZE_BYTES)
 
     def _attention(self, numbers: OpNumbers, split: Split) -> float:
         """Heads split: some heads of all rows. Otherwise all heads of the rank's own rows."""
         shape = numbers.op.attention
         assert shape is not None
-        rows = 1.0 if split.heads > 1 else split.tokens
+        rows = float(split.context) if split.heads > 1 else split.tokens
+        heads = shape.heads / split.heads / split.tensor
+        backward = numbers.op.phase is Phase.BACKWARD
+        if self.stack.attention_kernel == UNFUSED:
+            return unfused_attention_seconds(
+                heads, shape.head_dim, shape.v_head_dim, numbers.pairs / rows, numbers.q_tokens / rows,
+                backward, numbers.op.dtype, self.hardware,
+            )  # fmt: skip
         return attention_seconds(
-            shape.heads / split.heads,
-            max(1.0, shape.kv_heads / split.heads),
+            heads,
+            max(1.0, shape.kv_heads / split.heads / split.tensor),
             shape.head_dim,
             shape.v_head_dim,
             numbers.pairs / rows,
             numbers.q_tokens / rows,
             numbers.kv_tokens / rows,
             shape.causal,
-            numbers.op.phase is Phase.BACKWARD,
+            backward,
             numbers.op.dtype,
             self.hardware,
         )
 
     def _experts(self, numbers: OpNumbers, split: Split, ep: int) -> float:
         """Gate, up and down products of a forward; a backward takes as many times that as it has FLOPs."""
-        shape, dtype = numbers.op.experts, numbers.op.dtype
+        shape, tensor = numbers.op.experts, self.stack.expert_tp
         assert shape is not None
+        dtype = self.stack.gemm_dtype or numbers.op.dtype
         owned = shape.experts / ep
-        rows = numbers.tokens / split.tokens * shape.top_k
-        up = grouped_gemm_seconds(rows / owned, 2 * shape.intermediate, shape.hidden, owned, dtype, self.hardware)
-        down = grouped_gemm_seconds(rows / owned, shape.hidden, shape.intermediate, owned, dtype, self.hardware)
+        rows = numbers.tokens / split.rows(False) * shape.top_k * tensor
+        inner = shape.intermediate / tensor
+        up = grouped_gemm_seconds(rows / owned, 2 * inner, shape.hidden, owned, dtype, self.hardware)
+        down = grouped_gemm_seconds(rows / owned, shape.hidden, inner, owned, dtype, self.hardware)
         forward_flops = 6.0 * numbers.tokens * shape.top_k * shape.hidden * shape.intermediate
         products = (up + down) * numbers.flops / forward_flops if forward_flops else 0.0
-        return max(products, self.memory(numbers.activation_bytes / split.tokens + numbers.param_bytes / ep))
+        return max(
+            products, self.memory(numbers.activation_bytes / split.rows(False) + numbers.param_bytes / ep / tensor)
+        )
+
+
+def gemm_sizes(numbers: OpNumbers, split: Split, inner: bool, width: float) -> tuple[float, float, float]:
+    """(m, n, k) of one rank: tokens divided, and under tensor parallelism of the other two dimensions the one that is
+    not the width of what flows between layers."""
+    sizes = {"m": numbers.m, "n": numbers.n, "k": numbers.k}
+    along = numbers.op.token_dim
+    if along in sizes:
+        sizes[along] /= split.tokens
+    if split.tensor > 1 and inner:
+        free = [name for name in sizes if name != (along or "m")]
+        off_stream = [name for name in free if sizes[name] != width] or free[:1]
+        sizes[max(off_stream, key=lambda name: sizes[name])] /= split.tensor
+    elif split.tensor > 1 and split.tensor_sequence and along in sizes:
+        sizes[along] /= split.tensor
+    return sizes["m"], sizes["n"], sizes["k"]
+
+
+def _quantized(m: float, n: float, k: float, numbers: OpNumbers) -> float:
+    """Elements cast for one product: a forward casts its input and weight, an input gradient the gradient that comes
+    in; both serve the weight gradient too."""
+    if numbers.op.token_dim == "k":
+        return 0.0
+    return m * k + (n * k if numbers.op.phase is Phase.FORWARD else 0.0)

@@ -119,10 +119,14 @@ class _Builder:
 
     def _prologue(self, first: UnitCost) -> None:
         body = _Body(first.block)
-        names = _gather_tasks(body, first, ())
+        names = _gather_tasks(body, first, (), self._gathers(first))
         if names:
             loop = self._add(body, 1)
             self._gathered = tuple(f"{loop}.{name}" for name in names)
+
+    def _gathers(self, unit: UnitCost) -> Chain:
+        """What is gathered before a unit's forward."""
+        return unit.weights.gather + (unit.weights.refresh if self._last else ())
 
     def _forward(self, order: list[tuple[UnitCost, int]]) -> None:
         last_run = self._last_runs()
@@ -143,15 +147,15 @@ class _Builder:
     def _forward_loop(self, execution: _Execution) -> None:
         unit = execution.unit
         body = _Body(unit.block)
-        gathers = () if execution.following is None else execution.following.weights.gather
+        gathers = () if execution.following is None else self._gathers(execution.following)
         repeated = execution.count > 1 or execution.following is unit
         waits = self._waits(self._gathered, gathers if repeated else ())
         if unit.work.host_seconds:
             waits += (Dep("offload", 2),)
         body.issue("begin", Piece("compute", 0.0, "compute"), waits, alloc=unit.work.forward_peak)
-        chain, window = contend(unit.work.forward, unit.weights.gather, self._contention)
+        chain, window = contend(unit.work.forward, self._gathers(unit), self._contention)
         chain, window = (*_cast(unit.weights.cast), *chain), window + len(_cast(unit.weights.cast))
-        end = self._chain_tasks(body, chain, window, execution.following)
+        end = self._chain_tasks(body, chain, window, execution.following, gathers)
         kept = unit.work.saved + unit.work.host
         body.issue("end", Piece("compute", 0.0, "compute"), end, alloc=kept, free=_forward_free(execution))
         if unit.work.host_seconds:
@@ -173,7 +177,11 @@ class _Builder:
         """From forward to backward: what the last forward used is still whole, anything else is gathered again."""
         body = _Body(first.block)
         begin = (Dep(self._chain_end),)
-        names = _gather_tasks(body, first, begin) if first is not last and first.weights.regather else ()
+        names = (
+            _gather_tasks(body, first, begin, first.weights.gather)
+            if first is not last and first.weights.regather
+            else ()
+        )
         if first.work.host_seconds:
             body.issue("fetch", Piece("copy", first.work.host_seconds, "offload"), begin, alloc=first.work.host)
         if body.tasks:
@@ -193,11 +201,12 @@ class _Builder:
         peak = work.backward_peak + work.recomputed + weights.gradient
         body.issue("begin", Piece("compute", 0.0, "compute"), waits, alloc=peak)
         prefetched = following if following is not None and following.weights.regather else None
-        beside = (weights.gather if weights.regather else ()) + weights.reduce
+        beside = (weights.gather if weights.regather else ()) + self._reductions(unit)
         chain, window = contend(work.backward, beside, self._contention)
         first = _cast(weights.cast if weights.regather else 0.0) + work.again
         chain = first + chain + _cast(weights.gradient_cast)
-        end = self._chain_tasks(body, chain, len(first) + window, prefetched)
+        ahead = prefetched.weights.gather if prefetched is not None else ()
+        end = self._chain_tasks(body, chain, len(first) + window, prefetched, ahead)
         freed = peak + work.saved + work.host + weights.gathered
         body.issue("end", Piece("compute", 0.0, "compute"), end, alloc=weights.reducing, free=freed)
         if following is not None and following.work.host_seconds:
@@ -206,8 +215,12 @@ class _Builder:
         self._reduce(body, unit)
         self._finish(body, execution)
 
+    def _reductions(self, unit: UnitCost) -> Chain:
+        """What is reduced beside the backward of the units before this one."""
+        return unit.weights.reduce + (unit.weights.once if self._last else ())
+
     def _reduce(self, body: _Body, unit: UnitCost) -> None:
-        pieces = unit.weights.reduce
+        pieces = self._reductions(unit)
         previous = "end"
         for i, piece in enumerate(pieces):
             free = unit.weights.reducing if i == len(pieces) - 1 else 0.0
@@ -215,15 +228,17 @@ class _Builder:
         if not pieces and unit.weights.reducing:
             body.issue("accumulated", Piece("compute", 0.0, "compute"), free=unit.weights.reducing)
 
-    def _chain_tasks(self, body: _Body, chain: Chain, window: int, following: UnitCost | None) -> tuple[Dep, ...]:
+    def _chain_tasks(
+        self, body: _Body, chain: Chain, window: int, following: UnitCost | None, gathers: Chain
+    ) -> tuple[Dep, ...]:
         """The chain's pieces one after another; the next instance's gathers are issued before piece `window`."""
         previous = "begin"
         for i, piece in enumerate(chain):
             if i == window and following is not None:
-                _gather_tasks(body, following, (Dep("begin"),))
+                _gather_tasks(body, following, (Dep("begin"),), gathers)
             previous = body.issue(f"work{i}", piece, (Dep(previous),))
         if not chain and following is not None:
-            _gather_tasks(body, following, (Dep("begin"),))
+            _gather_tasks(body, following, (Dep("begin"),), gathers)
         return (Dep(previous),)
 
     def _waits(self, earlier: tuple[str, ...], own: Chain, extra: str = "") -> tuple[Dep, ...]:
@@ -282,9 +297,9 @@ def _forward_free(execution: _Execution) -> float:
     return unit.work.forward_peak + (0.0 if kept else unit.weights.gathered)
 
 
-def _gather_tasks(body: _Body, unit: UnitCost, after: tuple[Dep, ...]) -> list[str]:
+def _gather_tasks(body: _Body, unit: UnitCost, after: tuple[Dep, ...], gathers: Chain) -> list[str]:
     """All-gathers of a unit's parameters; the first allocates them all."""
     return [
         body.issue(f"gather{i}", piece, after, alloc=unit.weights.gathered if i == 0 else 0.0)
-        for i, piece in enumerate(unit.weights.gather)
+        for i, piece in enumerate(gathers)
     ]

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from omnicompile.cost_model import step_chain
+from omnicompile.cost_model import step_chain, tensor_parallel
 from omnicompile.cost_model.step_chain import LOSS_CHUNK_ROWS, Chain
 from omnicompile.cost_model.step_layout import Gradient, Groups, Split
-from omnicompile.cost_model.step_numbers import SegmentNumbers
-from omnicompile.cost_model.step_price import Piece, Prices
-from omnicompile.plan import BlockPlan, LossHead
-from omnicompile.program import OpKind, Recompute, Segment
-
-MASTER_BYTES = 4
-"""Of a float32 master weight."""
+from omnicompile.cost_model.step_numbers import ACTIVATION_BYTES, SegmentNumbers
+from omnicompile.cost_model.step_price import DTYPE_BYTES, UNFUSED, Piece, Prices
+from omnicompile.plan import OURS, BlockPlan, LossHead, Stack
+from omnicompile.program import OpKind, Phase, Recompute, Segment
 
 LOGIT_BYTES = 10
 """Per logit of a chunk in the chunked loss head: bf16 logits and their gradient, float32 probabilities, scratch."""
+
+SCORE_BYTES = 5
+"""Kept per score of attention that is not fused: weights before and after dropout in 16 bit, and the mask."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,17 @@ class StepOptions:
     loss_head: LossHead
     param_bytes: int = 2
     reduce_bytes: int = 4
+    stack: Stack = OURS
+
+    @property
+    def master_bytes(self) -> int:
+        """Of a master weight."""
+        return DTYPE_BYTES[self.stack.master_dtype]
+
+    @property
+    def moment_bytes(self) -> int:
+        """Of AdamW's two moments of a weight."""
+        return 2 * DTYPE_BYTES[self.stack.moment_dtype]
 
 
 @dataclass(frozen=True)
@@ -58,8 +69,9 @@ class UnitWeights:
     """What an instance's parameters cost: depends on sharding, reshard and ep, not on activations.
 
     gather: all-gathers before use, again before the backward if `regather`. reduce: after the backward of every
-    micro-step. cast: seconds to bring master shards to compute precision before they are gathered; gradient_cast:
-    whole gradients to the precision in which they are reduced.
+    micro-step. once: reductions of the last micro-step of a step alone, beside the backward of other units; refresh:
+    gathers of updated parameters, once a step, beside the forward. cast: seconds to bring master shards to compute
+    precision before they are gathered; gradient_cast: whole gradients to the precision in which they are reduced.
     Bytes on one GPU: gathered: whole parameters in compute precision (0 where they are resident); gradient: whole
     gradients before reduction; reducing: the buffer being reduced.
     """
@@ -72,6 +84,8 @@ class UnitWeights:
     gathered: float
     gradient: float
     reducing: float
+    once: Chain = ()
+    refresh: Chain = ()
 
 
 @dataclass(frozen=True)
@@ -98,26 +112,16 @@ def unit_work(
     """`seconds`: of each op of the segment in order, the work already split."""
     segment = numbers.segment
     policy = segment_policy(segment, plan.recompute)
-    chunked = segment.logits is not None and options.loss_head is LossHead.CHUNKED
 
     def chain(indices: list[int], kind: str) -> Chain:
-        ops, times = step_chain.pick(indices, numbers, seconds)
-        return step_chain.op_chain(ops, times, split, groups, prices, kind)
+        return _chain(numbers, indices, seconds, split, groups, prices, kind)
 
-    saved, recomputed = _kept(numbers, policy, gradient, split)
-    forward_peak, backward_peak = numbers.forward_peak / split.tokens, numbers.backward_peak / split.tokens
-    if chunked and segment.logits is not None:
-        rows = min(LOSS_CHUNK_ROWS, numbers.logit_rows / split.tokens)
-        forward_peak = backward_peak = rows * segment.logits[1] * LOGIT_BYTES
-    elif segment.logits is not None:  # forward and backward of the loss are one kernel: logits and their gradient
-        logits = numbers.logit_rows / split.tokens * segment.logits[1] * step_chain.ACTIVATION_BYTES
-        # The weight's gradient, which is counted besides, exists only when the logits are gone.
-        later = all_params(segment)[0] * options.param_bytes if gradient.weight else 0.0
-        forward_peak, backward_peak = 2 * logits, max(2 * logits - later, logits)
+    saved, recomputed = _kept(numbers, policy, gradient, split, options.stack)
+    forward_peak, backward_peak = _peaks(numbers, gradient, split, groups, options)
     host = saved if plan.offload and segment.role not in ("embed", "head") else 0.0
     return UnitWork(
         forward=chain(step_chain.forward_indices(numbers), "compute"),
-        again=_again(numbers, policy, split, groups, prices, seconds) if gradient.any else (),
+        again=_again(numbers, policy, split, groups, prices, seconds, options.stack) if gradient.any else (),
         backward=chain(step_chain.backward_indices(numbers, gradient), "compute") if gradient.any else (),
         host_seconds=prices.host_copy(host) if host > 0 else 0.0,
         saved=saved - host,
@@ -129,6 +133,41 @@ def unit_work(
     )
 
 
+def _chain(
+    numbers: SegmentNumbers,
+    indices: list[int],
+    seconds: Sequence[float],
+    split: Split,
+    groups: Groups,
+    prices: Prices,
+    kind: str,
+) -> Chain:
+    ops, times = step_chain.pick(indices, numbers, seconds)
+    if split.tensor == 1:
+        return step_chain.op_chain(ops, times, split, groups, prices, kind)
+    roles = tensor_parallel.roles(numbers)
+    width = tensor_parallel.stream_width(numbers)
+    return step_chain.op_chain(ops, times, split, groups, prices, kind, [roles[i] for i in indices], width)
+
+
+def _peaks(
+    numbers: SegmentNumbers, gradient: Gradient, split: Split, groups: Groups, options: StepOptions
+) -> tuple[float, float]:
+    """Bytes of temporaries in the forward and in the backward."""
+    segment = numbers.segment
+    if segment.logits is None:
+        return numbers.forward_peak / split.rows(False), numbers.backward_peak / split.rows(False)
+    rows, vocabulary = numbers.logit_rows / split.tokens, segment.logits[1] / split.tensor
+    if options.loss_head is LossHead.CHUNKED:
+        chunk = min(LOSS_CHUNK_ROWS, rows) * vocabulary * LOGIT_BYTES
+        return chunk, chunk
+    # Forward and backward of the loss are one kernel: logits and their gradient.
+    logits = rows * vocabulary * ACTIVATION_BYTES
+    # The weight's gradient, which is counted besides, exists only when the logits are gone.
+    later = local_params(segment, groups)[0] * options.param_bytes if gradient.weight else 0.0
+    return 2 * logits, max(2 * logits - later, logits)
+
+
 def _again(
     numbers: SegmentNumbers,
     policy: Recompute,
@@ -136,43 +175,82 @@ def _again(
     groups: Groups,
     prices: Prices,
     seconds: tuple[float, ...],
+    stack: Stack,
 ) -> Chain:
     """What runs again. Attention whose results are kept takes no time, but what goes into it and what comes out of it
     is exchanged again: the backward reads both on the other side of the exchange."""
-    indices = step_chain.recompute_indices(numbers, policy)
+    indices = set(step_chain.recompute_indices(numbers, policy))
     kept = step_chain.kept_attention(numbers, policy)
-    ops, times = step_chain.pick(sorted({*indices, *kept}), numbers, seconds)
-    times = [0.0 if op.op.name in kept.values() else time for op, time in zip(ops, times)]
-    return step_chain.op_chain(ops, times, split, groups, prices, "recompute")
+    times = [0.0 if i in kept else time for i, time in enumerate(seconds)]
+    share = stack.recompute_share
+    if share < 1 and indices:
+        times = [time * share for time in times]
+    if stack.recompute_attention:
+        indices |= {
+            i
+            for i, op in enumerate(numbers.ops)
+            if op.op.attention is not None and op.op.phase is Phase.FORWARD and i not in kept
+        }
+    return _chain(numbers, sorted(indices | kept.keys()), times, split, groups, prices, "recompute")
 
 
-def _kept(numbers: SegmentNumbers, policy: Recompute, gradient: Gradient, split: Split) -> tuple[float, float]:
+def _kept(
+    numbers: SegmentNumbers, policy: Recompute, gradient: Gradient, split: Split, stack: Stack
+) -> tuple[float, float]:
     """Bytes saved for the backward, and bytes that the recompute recreates."""
     if not gradient.any:
         return 0.0, 0.0
     if numbers.segment.logits is not None:  # of a chunk or of all tokens, gradients are computed with the loss
-        return numbers.input_bytes / split.tokens, 0.0
+        return numbers.input_bytes / split.rows(False), 0.0
     by_policy = numbers.saved if gradient.weight else numbers.saved_frozen
-    saved, everything = by_policy[policy] / split.tokens, by_policy[Recompute.NONE] / split.tokens
+    saved = _local_bytes(by_policy[policy], numbers, split)
+    everything = _local_bytes(by_policy[Recompute.NONE], numbers, split)
+    if scores := _score_bytes(numbers, split, stack):
+        everything += scores
+        if policy in (Recompute.NONE, Recompute.SELECTIVE) and not stack.recompute_attention:
+            saved += scores
+    if policy is not Recompute.NONE:
+        saved = stack.recompute_share * saved + (1 - stack.recompute_share) * everything
     return saved, max(0.0, everything - saved)
+
+
+def _local_bytes(nbytes: float, numbers: SegmentNumbers, split: Split) -> float:
+    """One rank's share of what is kept. Under tensor parallelism without cutting the sequence, the input of each
+    split part and of the norm before it stay whole."""
+    if split.tensor == 1 or split.tensor_sequence:
+        return nbytes / split.rows(False)
+    whole = min(nbytes, 2 * max(1, tensor_parallel.sublayers(numbers)) * numbers.input_bytes)
+    return (whole + (nbytes - whole) / split.tensor) / split.tokens
+
+
+def _score_bytes(numbers: SegmentNumbers, split: Split, stack: Stack) -> float:
+    """Bytes of scores that attention keeps if it is not fused."""
+    if stack.attention_kernel != UNFUSED:
+        return 0.0
+    ops = [op for op in numbers.ops if op.op.attention is not None and op.op.phase is Phase.FORWARD]
+    rows = float(split.context) if split.heads > 1 else split.tokens
+    scores = sum(op.pairs * op.op.attention.heads for op in ops if op.op.attention is not None)
+    return SCORE_BYTES * scores / rows / split.heads / split.tensor
 
 
 def unit_weights(
     segment: Segment, plan: BlockPlan, gradient: Gradient, groups: Groups, options: StepOptions, prices: Prices
 ) -> UnitWeights:
-    dense, expert = all_params(segment)
-    local = dense + expert / groups.experts.size
+    local = sum(local_params(segment, groups))
+    beside = options.stack.overlap_gradients and gradient.weight
     return UnitWeights(
         gather=_gather(segment, groups, options, prices),
         regather=plan.reshard and gradient.any,
         reduce=_reductions(segment, gradient, groups, options, prices),
-        cast=_casts(segment, groups, MASTER_BYTES, options.param_bytes, True, prices),
+        cast=_casts(segment, groups, options.master_bytes, options.param_bytes, True, prices),
         gradient_cast=_casts(segment, groups, options.param_bytes, options.reduce_bytes, False, prices)
         if gradient.weight
         else 0.0,
         gathered=0.0 if groups.resident else local * options.param_bytes,
         gradient=local * options.param_bytes if gradient.weight else 0.0,
         reducing=local * options.reduce_bytes if gradient.weight and not groups.resident else 0.0,
+        once=_sums([segment], groups, options, prices, 1) if beside else (),
+        refresh=_refreshes([segment], groups, options, prices, 1) if beside else (),
     )
 
 
@@ -183,12 +261,16 @@ def segment_policy(segment: Segment, policy: Recompute) -> Recompute:
 
 def op_seconds(numbers: SegmentNumbers, split: Split, ep: int, chunked: bool, prices: Prices) -> tuple[float, ...]:
     """Seconds of every op of a segment; in a chunked loss head as that many smaller ops, never faster than whole."""
-    whole = tuple(prices.op(op, split, ep) for op in numbers.ops)
+    layer = numbers.segment.role == "layer"
+    roles, width = tensor_parallel.roles(numbers), tensor_parallel.stream_width(numbers)
+    inner = [role.inner for role in roles]
+    whole = tuple(prices.op(op, split, ep, own, width, layer) for op, own in zip(numbers.ops, inner))
     if not chunked:
         return whole
     chunks = max(1, math.ceil(numbers.logit_rows / split.tokens / LOSS_CHUNK_ROWS))
-    smaller = Split(split.tokens * chunks, split.heads)
-    return tuple(max(w, chunks * prices.op(op, smaller, ep)) for w, op in zip(whole, numbers.ops))
+    smaller = replace(split, tokens=split.tokens * chunks)
+    parts = (prices.op(op, smaller, ep, own, width, layer) for op, own in zip(numbers.ops, inner))
+    return tuple(max(w, chunks * part) for w, part in zip(whole, parts))
 
 
 def all_params(segment: Segment) -> tuple[int, int]:
@@ -197,11 +279,16 @@ def all_params(segment: Segment) -> tuple[int, int]:
     return sum(p.numel for p in segment.params) - expert, expert
 
 
-def _gather(segment: Segment, groups: Groups, options: StepOptions, prices: Prices) -> Chain:
+def local_params(segment: Segment, groups: Groups) -> tuple[float, float]:
+    """(dense, expert) parameters of one instance, shared ones included, that one rank works with."""
     dense, expert = all_params(segment)
-    local_experts = expert / groups.experts.size
+    return dense / groups.tensor.size, expert / groups.experts.size / groups.expert_tp
+
+
+def _gather(segment: Segment, groups: Groups, options: StepOptions, prices: Prices) -> Chain:
+    dense, expert = local_params(segment, groups)
     return prices.collective("all_gather", dense * options.param_bytes, groups.shard) + prices.collective(
-        "all_gather", local_experts * options.param_bytes, groups.expert_shard
+        "all_gather", expert * options.param_bytes, groups.expert_shard
     )
 
 
@@ -209,25 +296,52 @@ def _reductions(segment: Segment, gradient: Gradient, groups: Groups, options: S
     """Gradient reductions of a micro-step; sums over replicas come after the last one (`replica_sums`)."""
     if not gradient.weight:
         return ()
-    dense, expert = all_params(segment)
-    dense_bytes, expert_bytes = dense * options.reduce_bytes, expert / groups.experts.size * options.reduce_bytes
-    return prices.collective("reduce_scatter", dense_bytes, groups.shard) + prices.collective(
-        "reduce_scatter", expert_bytes, groups.expert_shard
+    dense, expert = local_params(segment, groups)
+    return prices.collective("reduce_scatter", dense * options.reduce_bytes, groups.shard) + prices.collective(
+        "reduce_scatter", expert * options.reduce_bytes, groups.expert_shard
     )
 
 
 def replica_sums(segments: Sequence[Segment], groups: Groups, options: StepOptions, prices: Prices) -> Chain:
-    """Gradients of equal shards are summed once the last backward is over, in one buffer for each group of replicas."""
-    expert = sum(s.expert_param_count * s.count for s in segments)
-    dense = sum(s.param_count * s.count for s in segments) - expert
-    dense_bytes = dense * options.reduce_bytes / groups.shard.size
-    expert_bytes = expert * options.reduce_bytes / (groups.experts.size * groups.expert_shard.size)
-    sums = prices.collective("all_reduce", dense_bytes, groups.replica)
-    sums += prices.collective("all_reduce", expert_bytes, groups.expert_replica)
-    packed = (dense_bytes if not groups.replica.trivial else 0) + (
-        expert_bytes if not groups.expert_replica.trivial else 0
-    )
-    return (*sums, Piece("compute", prices.memory(4 * packed), "compute")) if sums else ()
+    """Gradients of equal shards are summed once the last backward is over, in one buffer for each group of replicas;
+    where only the optimizer is sharded, the updated parameters are then gathered."""
+    if options.stack.overlap_gradients:
+        return ()
+    sums = _sums(segments, groups, options, prices)
+    dense, expert = owned_params(segments, groups)
+    packed = (0 if groups.replica.trivial else dense) + (0 if groups.expert_replica.trivial else expert)
+    packing = Piece("compute", prices.memory(4 * packed * options.reduce_bytes), "compute")
+    return (*sums, packing, *_refreshes(segments, groups, options, prices)) if sums else ()
+
+
+def owned_params(segments: Sequence[Segment], groups: Groups, instances: int | None = None) -> tuple[float, float]:
+    """(dense, expert) parameters of all instances (or of so many), each counted once, whose shards a rank holds."""
+    dense = expert = 0.0
+    for segment in segments:
+        count = segment.count if instances is None else instances
+        expert += segment.expert_param_count * count
+        dense += (segment.param_count - segment.expert_param_count) * count
+    dense /= groups.tensor.size * groups.shard.size
+    return dense, expert / (groups.experts.size * groups.expert_tp * groups.expert_shard.size)
+
+
+def _sums(
+    segments: Sequence[Segment], groups: Groups, options: StepOptions, prices: Prices, instances: int | None = None
+) -> Chain:
+    kind = "reduce_scatter" if groups.zero1 else "all_reduce"
+    dense, expert = owned_params(segments, groups, instances)
+    sums = prices.collective(kind, dense * options.reduce_bytes, groups.replica)
+    return sums + prices.collective(kind, expert * options.reduce_bytes, groups.expert_replica)
+
+
+def _refreshes(
+    segments: Sequence[Segment], groups: Groups, options: StepOptions, prices: Prices, instances: int | None = None
+) -> Chain:
+    if not groups.zero1:
+        return ()
+    dense, expert = owned_params(segments, groups, instances)
+    gathers = prices.collective("all_gather", dense * options.param_bytes, groups.replica)
+    return gathers + prices.collective("all_gather", expert * options.param_bytes, groups.expert_replica)
 
 
 def _casts(segment: Segment, groups: Groups, before: int, after: int, shards: bool, prices: Prices) -> float:
@@ -236,7 +350,7 @@ def _casts(segment: Segment, groups: Groups, before: int, after: int, shards: bo
         return 0.0
     seconds = 0.0
     for param in segment.params:
-        numel = param.numel / groups.experts.size if param.expert else param.numel
+        numel = param.numel / (groups.experts.size * groups.expert_tp if param.expert else groups.tensor.size)
         if shards:
             numel /= (groups.expert_shard if param.expert else groups.shard).size
         seconds += prices.memory(numel * (before + after))
@@ -248,7 +362,7 @@ def _exchange_buffers(numbers: SegmentNumbers, split: Split, groups: Groups) -> 
     largest = 0.0
     for op in numbers.ops:
         if op.op.attention is not None and split.heads > 1:
-            inward, outward = step_chain.attention_exchange_bytes(op, split.heads)
+            inward, outward = step_chain.attention_exchange_bytes(op, split)
             largest = max(largest, *inward, *outward)
         elif op.op.kind is OpKind.GROUPED_GEMM and op.op.experts is not None and not groups.experts.trivial:
             largest = max(largest, step_chain.expert_exchange_bytes(op, split))

@@ -15,6 +15,7 @@ class Sharding(StrEnum):
     """Where a block's parameters, gradients and optimizer state live."""
 
     REPLICATE = "replicate"  # whole on every rank; gradients all-reduced
+    ZERO1 = "zero1"  # as replicate, but the optimizer's state is sharded (ZeRO-1); priced, not executable
     HSDP = "hsdp"  # sharded over dp_shard x sp, replicated over dp_replicate
     FSDP = "fsdp"  # sharded over all data ranks: dp_replicate x dp_shard x sp
 
@@ -35,10 +36,10 @@ class LossHead(StrEnum):
 
 @dataclass(frozen=True)
 class Mesh:
-    """The global mesh; ranks are numbered with `sp` fastest, then `dp_shard`, then `dp_replicate`.
+    """The global mesh; ranks are numbered with `tp` fastest, then `cp`, `sp`, `dp_shard`, `dp_replicate`, `pp`.
 
-    `ep` is folded out of dp_shard x sp: expert groups are `ep` consecutive ranks. tp, cp and pp are priced and not yet
-    executable.
+    `ep` is folded out of dp_shard x sp (with tp or cp: of all ranks of a pipeline stage): expert groups are
+    consecutive ranks. tp, cp (ring) and pp are priced and not yet executable.
     """
 
     dp_replicate: int = 1
@@ -78,6 +79,38 @@ class BlockPlan:
 
 
 @dataclass(frozen=True)
+class Stack:
+    """How a software stack runs a step, where it may differ from ours. All of it is priced; only the defaults run.
+
+    pipeline_chunks: model chunks per rank of an interleaved pipeline (1F1B; 1: not interleaved).
+    gemm_dtype: of linear layers ("float8"; "": the compute dtype). attention_kernel: as the hardware file names them,
+    or "unfused" (two GEMMs and a softmax, scores kept); "": the hardware file's own. compiled: element-wise work fused
+    as Inductor does, otherwise kernel by kernel. tp_sequence: beside tp, activations between linear layers are cut
+    along the sequence. tp_overlap: collectives of tp run in pieces beside their GEMMs. expert_tp: ranks that share an
+    expert. overlap_gradients: sums over replicas (and ZeRO-1's parameter gathers) run beside the backward (forward).
+    recompute_attention: attention runs again in the backward. recompute_share: share of a block's layers that its
+    recompute policy is for. master_dtype: of master weights; moment_dtype: of each of AdamW's two moments.
+    """
+
+    pipeline_chunks: int = 1
+    gemm_dtype: str = ""
+    attention_kernel: str = ""
+    compiled: bool = True
+    tp_sequence: bool = True
+    tp_overlap: bool = False
+    expert_tp: int = 1
+    overlap_gradients: bool = False
+    recompute_attention: bool = False
+    recompute_share: float = 1.0
+    master_dtype: str = "float32"
+    moment_dtype: str = "float32"
+
+
+OURS = Stack()
+"""The stack that `parallelize` runs."""
+
+
+@dataclass(frozen=True)
 class Prediction:
     """What the cost model says of a plan.
 
@@ -113,7 +146,7 @@ class Plan:
 
     model: what was planned, as the user named it (a path or an import name). micro_batch: samples per rank group and
     micro-step. accumulation: micro-steps per optimizer step. offload_optimizer: optimizer state in host memory.
-    param_dtype is the compute dtype; master weights are float32. alternatives / notes: for the reader.
+    param_dtype is the compute dtype; master weights are float32. notes: for the reader.
     """
 
     model: str
@@ -127,6 +160,7 @@ class Plan:
     offload_optimizer: bool = False
     param_dtype: str = "bfloat16"
     reduce_dtype: str = "float32"
+    stack: Stack = OURS
     prediction: Prediction | None = None
     notes: tuple[str, ...] = ()
 

@@ -17,13 +17,13 @@ import yaml
 
 from omnicompile.cluster import Cluster
 from omnicompile.errors import InputError, RecipeError
-from omnicompile.plan import BlockPlan, LossHead, Mesh, Plan, Prediction
+from omnicompile.plan import OURS, BlockPlan, LossHead, Mesh, Plan, Prediction, Stack
 from omnicompile.schema import Place, check_keys, decode, encode, field_types, mapping, suggestion
 from omnicompile.workload import Workload
 
 VERSION_KEY = "omnicompile_recipe"
 VERSION = 1
-SECTIONS = (VERSION_KEY, "model", "cluster", "workload", "mesh", "blocks", "step", "prediction", "notes")
+SECTIONS = (VERSION_KEY, "model", "cluster", "workload", "mesh", "blocks", "step", "stack", "prediction", "notes")
 STEP_FIELDS: dict[str, Any] = {
     "micro_batch": int,
     "accumulation": int,
@@ -35,6 +35,7 @@ STEP_FIELDS: dict[str, Any] = {
 COMMENTS = {
     "mesh": "ranks = dp_replicate x dp_shard x sp x tp x cp x pp; ep is folded out of dp_shard x sp",
     "blocks": "one line per modality block",
+    "stack": "another software stack's ways, priced and not executable",
     "prediction": "by the cost model: seconds, bytes per GPU",
 }
 
@@ -70,6 +71,8 @@ def dumps(plan: Plan) -> str:
     lines += [f"# {COMMENTS['blocks']}", "blocks:" if plan.blocks else "blocks: {}"]
     lines += [f"  {_flow(name)}: {_flow(encode(block))}" for name, block in plan.blocks.items()]
     lines += _block({"step": {name: encode(getattr(plan, name)) for name in STEP_FIELDS}})
+    if plan.stack != OURS:
+        lines += [f"# {COMMENTS['stack']}", "stack: " + _flow(_changed(plan.stack))]
     if plan.prediction is not None:
         lines += [f"# {COMMENTS['prediction']}", *_block({"prediction": encode(plan.prediction)})]
     if plan.notes:
@@ -97,6 +100,7 @@ def loads(text: str, name: str = "recipe") -> Plan:
         blocks=decode(dict[str, BlockPlan], data["blocks"], place.key("blocks")),
         prediction=None if prediction is None else decode(Prediction, prediction, place.key("prediction")),
         notes=decode(tuple[str, ...], data.get("notes") or [], place.key("notes")),
+        stack=decode(Stack, data.get("stack") or {}, place.key("stack")),
         **{key: decode(STEP_FIELDS[key], item, place.key("step").key(key)) for key, item in step.items()},
     )
     _check_consistent(plan, place)
@@ -107,7 +111,7 @@ def load_pins(path: str | Path) -> dict[str, str]:
     """The choices that a recipe, or any part of one, fixes: {"mesh.sp": "4", "vision.layout": "images", ...}."""
     data, place = _parse(_read(path), str(path))
     pins: dict[str, str] = {}
-    for section, kinds in (("mesh", field_types(Mesh)), ("step", STEP_FIELDS)):
+    for section, kinds in (("mesh", field_types(Mesh)), ("step", STEP_FIELDS), ("stack", field_types(Stack))):
         pins |= _section_pins(section, data.get(section), kinds, place.key(section))
     for block, choices in mapping(data.get("blocks") or {}, place.key("blocks")).items():
         pins |= _section_pins(block, choices, field_types(BlockPlan), place.key("blocks").key(block))
@@ -129,7 +133,7 @@ def check_pins(pins: Mapping[str, str]) -> dict[str, str]:
     for key, text in pins.items():
         place = Place(f"--pin {key}={text}")
         section, _, name = key.rpartition(".")
-        section = section or ("step" if name in STEP_FIELDS else "mesh")
+        section = section or _owner(name)
         kinds = _pin_fields(section)
         if name not in kinds:
             raise InputError(str(place.error(f"{section} has no choice {name!r}{suggestion(name, kinds)}")))
@@ -168,10 +172,21 @@ def pin_text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
+def _owner(name: str) -> str:
+    """The section of a choice that was named without one."""
+    if name in STEP_FIELDS:
+        return "step"
+    return "stack" if name in field_types(Stack) else "mesh"
+
+
 def _pin_fields(section: str) -> dict[str, Any]:
-    if section == "mesh":
-        return field_types(Mesh)
-    return STEP_FIELDS if section == "step" else field_types(BlockPlan)
+    known = {"mesh": field_types(Mesh), "step": STEP_FIELDS, "stack": field_types(Stack)}
+    return known.get(section) or field_types(BlockPlan)
+
+
+def _changed(stack: Stack) -> dict[str, Any]:
+    """The fields that are not at their defaults."""
+    return {f.name: encode(getattr(stack, f.name)) for f in fields(stack) if getattr(stack, f.name) != f.default}
 
 
 def _section_fields(value: Any, kinds: dict[str, Any], place: Place) -> dict[str, Any]:
@@ -199,9 +214,18 @@ def _check_consistent(plan: Plan, place: Place) -> None:
         raise place.key("mesh").error(
             f"degrees multiply to {plan.mesh.world} ranks, but the cluster has {plan.cluster.gpus} GPUs"
         )
+    _check_stack(plan.stack, place.key("stack"))
     for name in ("micro_batch", "accumulation"):
         if getattr(plan, name) < 1:
             raise place.key("step").key(name).error(f"must be at least 1, got {getattr(plan, name)}")
+
+
+def _check_stack(stack: Stack, place: Place) -> None:
+    for name, value in (("pipeline_chunks", stack.pipeline_chunks), ("expert_tp", stack.expert_tp)):
+        if value < 1:
+            raise place.key(name).error(f"must be at least 1, got {value}")
+    if not 0 <= stack.recompute_share <= 1:
+        raise place.key("recompute_share").error(f"must be between 0 and 1, got {stack.recompute_share}")
 
 
 def _read(path: str | Path) -> str:

@@ -6,7 +6,9 @@ such a plan.
 
 from __future__ import annotations
 
-from omnicompile.plan import BlockPlan, Layout, Plan
+from dataclasses import fields
+
+from omnicompile.plan import BlockPlan, Layout, Plan, Sharding
 
 
 def not_executable(plan: Plan) -> tuple[str, ...]:
@@ -18,12 +20,20 @@ def not_executable(plan: Plan) -> tuple[str, ...]:
         found.append("optimizer state in host memory (offload_optimizer=false avoids it)")
     degrees = {"tp": plan.mesh.tp, "cp": plan.mesh.cp, "pp": plan.mesh.pp}
     found += [f"{axis} (mesh.{axis}=1 avoids it)" for axis, degree in degrees.items() if degree > 1]
+    stack = {f.name: (getattr(plan.stack, f.name), f.default) for f in fields(plan.stack)}
+    found += [
+        f"{name}={value} of another software stack (stack.{name}={default} avoids it)"
+        for name, (value, default) in stack.items()
+        if value != default
+    ]
     return tuple(found)
 
 
 def block_not_executable(block: BlockPlan) -> dict[str, str]:
     """By the pin that avoids it, what of a block's choices cannot be executed yet."""
     found = {}
+    if block.sharding is Sharding.ZERO1:
+        found["sharding=fsdp"] = "only the optimizer's state sharded"
     if block.offload:
         found["offload=false"] = "activations in host memory"
     return found

@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 
 from omnicompile.cluster import Cluster
 from omnicompile.errors import PlanError
-from omnicompile.plan import BlockPlan, Layout, Mesh, Plan
+from omnicompile.plan import BlockPlan, Layout, Mesh, Plan, Stack
 from omnicompile.planner.pins import BLOCK_FIELDS, Pins, parse_pins
 from omnicompile.planner.rules import frozen_blocks, has_experts, sequence_refusal
 from omnicompile.program import Block, Program
@@ -34,17 +34,24 @@ def given_plan(
     frozen = frozen_blocks(program, workload.freeze)
     blocks = {block.name: _block(program, block, mesh, pins, block.name in frozen) for block in program.blocks}
     plan = Plan(name or program.source, cluster, workload, mesh, blocks, micro_batch, accumulation)
-    return replace(plan, **step)
+    return replace(plan, **step, stack=Stack(**pins.stack))
 
 
 def _for_all_blocks(layout: Mapping[str, str], program: Program) -> dict[str, str]:
     """A block's own value goes before one for all."""
     pins: dict[str, str] = {}
+    layout = _attention_again(layout)
     mesh = {f.name for f in fields(Mesh)}
     for key, value in layout.items():
         if key in BLOCK_FIELDS and key not in mesh:
             pins |= {f"{block.name}.{key}": value for block in program.blocks}
     return pins | {key: value for key, value in layout.items() if key not in BLOCK_FIELDS or key in mesh}
+
+
+def _attention_again(layout: Mapping[str, str]) -> Mapping[str, str]:
+    """`recompute=core_attention`: nothing but attention runs again in the backward."""
+    again = [key for key, value in layout.items() if key.endswith("recompute") and value == "core_attention"]
+    return {**layout, **dict.fromkeys(again, "none"), "stack.recompute_attention": "true"} if again else layout
 
 
 def _mesh(pins: Pins, cluster: Cluster) -> Mesh:

@@ -8,8 +8,9 @@ from enum import StrEnum
 from typing import Any
 
 from omnicompile.errors import PlanError
-from omnicompile.plan import BlockPlan, Layout, LossHead, Mesh, Sharding
+from omnicompile.plan import BlockPlan, Layout, LossHead, Mesh, Sharding, Stack
 from omnicompile.program import Program, Recompute
+from omnicompile.schema import field_types
 
 Parser = Any
 MESH_FIELDS = tuple(f.name for f in fields(Mesh))
@@ -23,6 +24,7 @@ STEP_FIELDS: dict[str, Parser] = {
     # Not a choice of the plan: also consider choices that are priced and not executable yet.
     "priced": bool,
 }
+STACK_FIELDS: dict[str, Parser] = field_types(Stack)
 BLOCK_FIELDS: dict[str, Parser] = {
     "sharding": Sharding,
     "layout": Layout,
@@ -37,11 +39,12 @@ BLOCK_FIELDS: dict[str, Parser] = {
 
 @dataclass(frozen=True)
 class Pins:
-    """Pinned values: of the mesh, of the step, and of each block, by field name."""
+    """Pinned values: of the mesh, of the step, of each block and of the software stack, by field name."""
 
     mesh: dict[str, int] = field(default_factory=dict)
     step: dict[str, Any] = field(default_factory=dict)
     blocks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    stack: dict[str, Any] = field(default_factory=dict)
 
     def allows_block(self, name: str, plan: BlockPlan) -> bool:
         wanted = self.blocks.get(name, {})
@@ -58,10 +61,11 @@ class Pins:
     def describe(self) -> str:
         parts = [f"mesh.{k}={v}" for k, v in self.mesh.items()] + [f"{k}={v}" for k, v in self._chosen.items()]
         parts += [f"{block}.{k}={v}" for block, values in self.blocks.items() for k, v in values.items()]
+        parts += [f"stack.{k}={v}" for k, v in self.stack.items()]
         return ", ".join(parts)
 
     def __bool__(self) -> bool:
-        return bool(self.mesh or self._chosen or self.blocks)
+        return bool(self.mesh or self._chosen or self.blocks or self.stack)
 
     @property
     def _chosen(self) -> dict[str, Any]:
@@ -77,16 +81,31 @@ def parse_pins(pins: Mapping[str, str], program: Program) -> Pins:
         owner, _, name = key.rpartition(".")
         if owner == "mesh" or (not owner and name in MESH_FIELDS):
             parsed.mesh[name] = _value(key, name, dict.fromkeys(MESH_FIELDS, int), text, "")
+        elif owner == "stack" or (not owner and name in STACK_FIELDS):
+            parsed.stack[name] = _value(key, name, STACK_FIELDS, text, "")
         elif owner in ("", "step"):
             parsed.step[name] = _value(key, name, STEP_FIELDS, text, f"or a field of {', '.join(['mesh', *names])}")
         elif owner in names:
             parsed.blocks.setdefault(owner, {})[name] = _value(key, name, BLOCK_FIELDS, text, "")
         else:
-            raise PlanError(f"pin {key}: no block {owner!r}; there are {', '.join(['mesh', 'step', *names])}")
-    for name in ("tp", "cp", "pp"):
-        if parsed.mesh.get(name, 1) != 1:
-            raise PlanError(f"pin mesh.{name}={parsed.mesh[name]}: {name} is priced later and not executable yet")
+            raise PlanError(f"pin {key}: no block {owner!r}; there are {', '.join(['mesh', 'step', 'stack', *names])}")
     return parsed
+
+
+def refuse_priced_only(pins: Pins) -> None:
+    """Raises PlanError for pins of what `simulate` prices for a given layout and a search does not consider."""
+    for name in ("tp", "cp", "pp"):
+        if pins.mesh.get(name, 1) != 1:
+            raise PlanError(
+                f"pin mesh.{name}={pins.mesh[name]}: {name} is not executable yet, so no plan has it; "
+                f"`omnicompile simulate --layout {name}={pins.mesh[name]}` prices it"
+            )
+    if pins.stack:
+        name, value = next(iter(pins.stack.items()))
+        raise PlanError(
+            f"pin stack.{name}={value}: describes another software stack, so no plan has it; "
+            f"`omnicompile simulate --layout {name}={value}` prices it"
+        )
 
 
 def _value(key: str, name: str, known: Mapping[str, Parser], text: str, also: str) -> Any:
@@ -101,8 +120,11 @@ def _value(key: str, name: str, known: Mapping[str, Parser], text: str, also: st
     try:
         value = kind(text)
     except ValueError:
-        allowed = ", ".join(kind) if isinstance(kind, type) and issubclass(kind, StrEnum) else "a whole number"
+        choice = isinstance(kind, type) and issubclass(kind, StrEnum)
+        allowed = ", ".join(kind) if choice else "a number" if kind is float else "a whole number"
         raise PlanError(f"pin {key}={text}: must be {allowed}") from None
     if kind is int and value < 1:
         raise PlanError(f"pin {key}={text}: must be at least 1")
+    if kind is float and not 0 <= value <= 1:
+        raise PlanError(f"pin {key}={text}: must be between 0 and 1")
     return value

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from omnicompile.cost_model import timeline
-from omnicompile.cost_model.memory import MemoryLayout, Table, overhead_bytes, peak_breakdown
+from omnicompile.cost_model import pipeline, timeline
+from omnicompile.cost_model.memory import ACTIVATION_ROW, MemoryLayout, Table, overhead_bytes, peak_breakdown
+from omnicompile.cost_model.step_layout import block_groups
 from omnicompile.cost_model.step_model import BlockCost, StepModel
 from omnicompile.cost_model.step_numbers import OpNumbers
 from omnicompile.cost_model.step_schedule import Step, step_of_blocks
-from omnicompile.plan import Plan, Prediction
+from omnicompile.plan import BlockPlan, Plan, Prediction
 from omnicompile.planner.rules import check_plan
 from omnicompile.program import Phase, Program
 
@@ -30,10 +31,10 @@ def simulate(program: Program, plan: Plan, model: StepModel | None = None) -> Pl
 
 def predict(plan: Plan, model: StepModel) -> Prediction:
     """The prediction for a plan that is known to be consistent."""
-    blocks = model.plan_blocks(plan)
-    step, micro, last = _run(plan, model, blocks)
-    seconds = _step_seconds(micro, last, step)
-    memory, by_block = memory_of(plan, model, blocks)
+    ran = _run_stages(plan, model)
+    paced = _pace(plan, model, ran)
+    slowest, seconds = ran[paced.slowest], paced.seconds
+    memory, by_block = max((stage.memory(plan) for stage in ran), key=lambda found: sum(found[0].values()))
     tokens = plan.global_batch * model.program.sample.seq_len
     gpus = plan.cluster.gpus
     peak = model.hardware.peak(model.program.dtype) * gpus * seconds
@@ -44,34 +45,82 @@ def predict(plan: Plan, model: StepModel) -> Prediction:
         mfu_paper=paper_flops(model, plan) / peak,
         memory=memory,
         memory_capacity=model.hardware.memory_bytes,
-        time=_time_by_kind(micro, last, step),
+        time=_time_by_kind(slowest.micro, slowest.last, slowest.step) | _waiting(paced),
         block_memory=by_block,
-        block_time=_block_seconds(step),
+        block_time=_block_seconds(slowest.step),
     )
 
 
 def simulated_seconds(plan: Plan, model: StepModel) -> float:
     """`predict(plan, model).step_seconds` and nothing else."""
-    step, micro, last = _run(plan, model, model.plan_blocks(plan))
-    return _step_seconds(micro, last, step)
+    return _pace(plan, model, _run_stages(plan, model)).seconds
 
 
 def last_micro_step(plan: Plan, model: StepModel) -> timeline.Timeline:
-    """The plan's last micro-step with every task, its optimizer step included."""
-    step = step_of_blocks(model.program, model.plan_blocks(plan), plan.accumulation, model.hardware.contention_factor)
-    return timeline.simulate(step.last, keep_tasks=True, every_iteration=True)
+    """The last micro-step with every task, its optimizer step included; of a pipeline, of its slowest stage."""
+    ran = _run_stages(plan, model)
+    slowest = ran[_pace(plan, model, ran).slowest]
+    return timeline.simulate(slowest.step.last, keep_tasks=True, every_iteration=True)
 
 
-def _run(
-    plan: Plan, model: StepModel, blocks: dict[str, BlockCost]
-) -> tuple[Step, timeline.Timeline, timeline.Timeline]:
+@dataclass(frozen=True)
+class _Ran:
+    """One stage of the pipeline (without one: the whole program), simulated."""
+
+    model: StepModel
+    blocks: dict[str, BlockCost]
+    in_flight: float
+    step: Step
+    micro: timeline.Timeline
+    last: timeline.Timeline
+
+    def memory(self, plan: Plan) -> tuple[dict[str, float], dict[str, float]]:
+        return memory_of(plan, self.model, self.blocks, self.in_flight)
+
+
+def _run_stages(plan: Plan, model: StepModel) -> list[_Ran]:
+    if plan.mesh.pp == 1:
+        return [_run(plan, model, 1.0)]
+    ran: dict[tuple[object, ...], _Ran] = {}
+    found = []
+    for stage in pipeline.stages(model.program, plan):
+        runs = stage.program.runs
+        if runs not in model.parts:
+            model.parts[runs] = StepModel(stage.program, model.cluster, model.hardware, model)
+        if runs not in ran:
+            ran[runs] = _run(plan, model.parts[runs], stage.in_flight)
+        found.append(replace(ran[runs], in_flight=stage.in_flight))
+    return found
+
+
+def _run(plan: Plan, model: StepModel, in_flight: float) -> _Ran:
+    blocks = model.plan_blocks(plan)
     step = step_of_blocks(model.program, blocks, plan.accumulation, model.hardware.contention_factor)
     last = timeline.simulate(step.last)
-    return step, timeline.simulate(step.micro) if step.accumulation > 1 else last, last
+    micro = timeline.simulate(step.micro) if step.accumulation > 1 else last
+    return _Ran(model, blocks, in_flight, step, micro, last)
 
 
-def _step_seconds(micro: timeline.Timeline, last: timeline.Timeline, step: Step) -> float:
-    return (step.accumulation - 1) * micro.seconds + last.seconds
+def _pace(plan: Plan, model: StepModel, ran: list[_Ran]) -> pipeline.Pace:
+    if len(ran) == 1:
+        return pipeline.Pace(0, (ran[0].step.accumulation - 1) * ran[0].micro.seconds + ran[0].last.seconds, 0.0, 0.0)
+    micro, last = [stage.micro.seconds for stage in ran], [stage.last.seconds for stage in ran]
+    return pipeline.pace(micro, last, plan.accumulation, plan.stack.pipeline_chunks, _sending(plan, model))
+
+
+def _sending(plan: Plan, model: StepModel) -> float:
+    """Seconds to pass one micro-batch's activations from a stage of the pipeline to the next."""
+    mesh = plan.mesh
+    numbers = model.numbers.at(plan.micro_batch).segments
+    widest = max(n.output_bytes for n in numbers.values() if n.segment.role == "layer")
+    ranks = mesh.sp * mesh.cp * (mesh.tp if plan.stack.tp_sequence else 1)
+    stages = block_groups(mesh, BlockPlan(), plan.cluster.gpus_per_node).stages
+    return sum(piece.seconds for piece in model.prices(plan.stack).collective("send_recv", widest / ranks, stages))
+
+
+def _waiting(paced: pipeline.Pace) -> dict[str, float]:
+    waits = {"exposed pipeline_bubble": paced.bubble, "exposed pipeline_send": paced.passing}
+    return {kind: seconds for kind, seconds in waits.items() if seconds}
 
 
 def _time_by_kind(micro: timeline.Timeline, last: timeline.Timeline, step: Step) -> dict[str, float]:
@@ -112,9 +161,17 @@ def block_tables(plan: Plan, model: StepModel, blocks: dict[str, BlockCost]) -> 
     }
 
 
-def memory_of(plan: Plan, model: StepModel, blocks: dict[str, BlockCost]) -> tuple[dict[str, float], dict[str, float]]:
-    """Bytes per GPU at the peak: by kind, and by block (without what belongs to none)."""
+def memory_of(
+    plan: Plan, model: StepModel, blocks: dict[str, BlockCost], in_flight: float = 1.0
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Bytes per GPU at the peak: by kind, and by block (without what belongs to none). in_flight: micro-batches whose
+    activations are kept at once."""
     tables = block_tables(plan, model, blocks)
+    if in_flight > 1:
+        for name, table in tables.items():
+            units = blocks[name].work.units
+            kept = sum(units[run.segment].saved * run.count for run in model.program.runs if run.segment in units)
+            table[ACTIVATION_ROW] += (in_flight - 1) * kept
     total = np.sum(list(tables.values()), axis=0)
     column = int(np.argmax(total.sum(axis=0)))
     return peak_breakdown(total, model.hardware), {name: float(t[:, column].sum()) for name, t in tables.items()}

@@ -42,9 +42,9 @@ def expert_counts(program: Program) -> set[int]:
     }
 
 
-def ep_refusal(program: Program, mesh: Mesh) -> str | None:
-    """Why experts cannot be dealt out to `mesh.ep` ranks; None if they can."""
-    if mesh.ep == 1:
+def ep_refusal(program: Program, mesh: Mesh, expert_tp: int = 1) -> str | None:
+    """Why experts cannot be dealt out to `mesh.ep` ranks (or groups of `expert_tp` ranks); None if they can."""
+    if mesh.ep * expert_tp == 1:
         return None
     counts = expert_counts(program)
     if not counts:
@@ -52,20 +52,42 @@ def ep_refusal(program: Program, mesh: Mesh) -> str | None:
     for count in sorted(counts):
         if count % mesh.ep:
             return f"the model has layers of {count} experts, which ep={mesh.ep} does not divide"
-    if (mesh.dp_shard * mesh.sp) % mesh.ep:
+    if mesh.tp * mesh.cp * expert_tp > 1:
+        stage = mesh.world // mesh.pp
+        if stage % (mesh.ep * expert_tp):
+            return f"ep={mesh.ep} x expert_tp={expert_tp} does not divide the {stage} ranks of a pipeline stage"
+    elif (mesh.dp_shard * mesh.sp) % mesh.ep:
         return f"ep={mesh.ep} does not divide dp_shard x sp = {mesh.dp_shard * mesh.sp}"
     return None
 
 
-def mesh_refusal(program: Program, cluster: Cluster, mesh: Mesh) -> str | None:
+def tp_refusal(program: Program, mesh: Mesh) -> str | None:
+    """Why the matrices of the backbone cannot be split over `mesh.tp` ranks; None if they can."""
+    for block in program.blocks:
+        for segment in program.block_segments(block.name):
+            for attention in segment.attention_ops():
+                if block.kind != "encoder" and attention.heads % (mesh.tp * mesh.sp):
+                    ranks = f"tp={mesh.tp}" if mesh.sp == 1 else f"tp={mesh.tp} x sp={mesh.sp}"
+                    return f"{block.name} has {attention.heads} attention heads, which {ranks} does not divide"
+    return None
+
+
+def pipeline_refusal(program: Program, plan: Plan) -> str | None:
+    """Why the layers cannot be dealt out to the stages of a pipeline; None if they can."""
+    stages, chunks = plan.mesh.pp, plan.stack.pipeline_chunks
+    if chunks > 1 and stages == 1:
+        return f"pipeline_chunks={chunks} without a pipeline (pp=1)"
+    layers = sum(run.count for run in program.runs if program.segment(run.segment).role == "layer")
+    if stages > 1 and layers < stages * chunks:
+        return f"{layers} layers cannot be dealt out to pp={stages} stages of {chunks} chunks"
+    return None
+
+
+def mesh_refusal(program: Program, cluster: Cluster, mesh: Mesh, expert_tp: int = 1) -> str | None:
     """Why the mesh cannot be used; None if it can."""
-    for name in ("tp", "cp", "pp"):
-        degree = {"tp": mesh.tp, "cp": mesh.cp, "pp": mesh.pp}[name]
-        if degree != 1:
-            return f"{name}={degree}: {name} is priced later and not executable yet, leave it at 1"
     if mesh.world != cluster.gpus:
         return f"the mesh has {mesh.world} ranks and the cluster {cluster.gpus} GPUs"
-    return sp_refusal(program, mesh.sp) or ep_refusal(program, mesh)
+    return sp_refusal(program, mesh.sp) or ep_refusal(program, mesh, expert_tp) or tp_refusal(program, mesh)
 
 
 def batch_refusal(plan: Plan) -> str | None:
@@ -145,9 +167,14 @@ def plan_refusals(program: Program, plan: Plan) -> Iterator[str]:
     if min(plan.micro_batch, plan.accumulation) < 1:
         yield "micro_batch and accumulation must be at least 1"
         return
-    if reason := mesh_refusal(program, plan.cluster, plan.mesh) or batch_refusal(plan):
-        yield reason
-        return
+    for reason in (
+        mesh_refusal(program, plan.cluster, plan.mesh, plan.stack.expert_tp),
+        pipeline_refusal(program, plan),
+        batch_refusal(plan),
+    ):
+        if reason:
+            yield reason
+            return
     frozen = frozen_blocks(program, plan.workload.freeze)
     for name, block in plan.blocks.items():
         if reason := block_refusal(program, plan.mesh, name, block):

@@ -13,7 +13,7 @@ from omnicompile.cluster import Cluster
 from omnicompile.cost_model.step_price import DTYPE_BYTES
 from omnicompile.errors import PlanError
 from omnicompile.plan import BlockPlan, Layout, LossHead, Mesh, Sharding
-from omnicompile.planner.pins import Pins
+from omnicompile.planner.pins import Pins, refuse_priced_only
 from omnicompile.planner.rules import (
     block_refusal,
     expert_counts,
@@ -48,6 +48,7 @@ class Space:
     points: tuple[Point, ...] = field(init=False)
 
     def __post_init__(self) -> None:
+        refuse_priced_only(self.pins)
         self.frozen = frozen_blocks(self.program, self.workload.freeze)
         for name, pinned in self.pins.blocks.items():
             if pinned.get("frozen", name in self.frozen) != (name in self.frozen):
@@ -160,6 +161,8 @@ class Space:
         wanted = self.pins.blocks.get(block, {}).get("sharding")
         if wanted is None:
             return allowed
+        if wanted is Sharding.ZERO1:
+            raise PlanError(f"pin {block}.sharding=zero1: not executable yet; `omnicompile simulate` prices it")
         if wanted is Sharding.FSDP and mesh.world == 1:
             return [Sharding.FSDP]
         return [wanted] if wanted in allowed else []

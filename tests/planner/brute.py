@@ -18,6 +18,7 @@ from omnicompile.program import Program, Recompute
 from omnicompile.workload import Workload
 
 Pins = dict[str, str]
+SEARCHED = tuple(s for s in Sharding if s is not Sharding.ZERO1)  # that one is priced only
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def block_plans(sp: int, ep: int, frozen: bool, pins: Pins) -> list[BlockPlan]:
     layouts = [(Layout.BATCH, 1), (Layout.SEQUENCE, sp), (Layout.IMAGES, sp), (Layout.REPLICATED, 1)]
     plans = [
         BlockPlan(sharding, layout, own_sp, ep, recompute, offload, True, frozen)
-        for sharding, (layout, own_sp) in itertools.product(Sharding, layouts)
+        for sharding, (layout, own_sp) in itertools.product(SEARCHED, layouts)
         for recompute, offload in itertools.product(Recompute, (False, True))
     ]
     return [p for p in plans if all(str(vars(p)[name]).lower() == value for name, value in pins.items())]
@@ -108,7 +109,7 @@ def random_case(seed: int, limit: int) -> Case:
 
 def random_pin(key: str, cluster: Cluster, rng: random.Random) -> Pins:
     values: dict[str, list[str]] = {
-        "sharding": [str(s) for s in Sharding],
+        "sharding": [str(s) for s in SEARCHED],
         "recompute": [str(r) for r in Recompute],
         "loss_head": [str(h) for h in LossHead],
         "offload": ["true", "false"],
