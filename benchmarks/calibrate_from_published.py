@@ -13,14 +13,11 @@ from __future__ import annotations
 import argparse
 import csv
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from math import log
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-from scipy.optimize import least_squares
-
+from omnicompile.cost_model.calibration import Group, Point, errors_of, number_text
 from omnicompile.cost_model.collectives import collective_seconds
 from omnicompile.cost_model.hardware import AttentionEfficiency, Hardware, Link, load_hardware
 from omnicompile.cost_model.kernels import attention_seconds, gemm_seconds, grouped_gemm_seconds
@@ -28,24 +25,13 @@ from omnicompile.cost_model.kernels import attention_seconds, gemm_seconds, grou
 ROOT = Path(__file__).resolve().parent
 YAML = ROOT.parent / "cost_model" / "hardware"
 Machines = dict[str, Hardware]
+MachinePoint = Point[Machines]
+Points = list[MachinePoint]
 MEASURED_ELEMENTS = 16384 * 2048.0  # the FlashAttention papers: 16k tokens, hidden size 2048
 FA3_BACKWARD_OVER_FA2 = 1.65  # the FlashAttention-3 paper states 1.5 to 1.75
 MAMF = {"a100": 271.2 / 312, "a100pcie": 252.9 / 312, "h100": 794.5 / 989, "b200": 1745 / 2250}
 MAMF_FP8 = {"h100": 1402.6 / 1979, "b200": 3432.5 / 4500}
 HOPPER = ("h100", "h200", "h800")
-
-
-@dataclass(frozen=True)
-class Point:
-    """One measurement: `predict` gives the model's seconds on a set of machines."""
-
-    source: str
-    seconds: float
-    predict: Callable[[Machines], float]
-
-    def error(self, machines: Machines) -> float:
-        """log(predicted / measured)"""
-        return log(self.predict(machines) / self.seconds)
 
 
 def machines() -> Machines:
@@ -68,7 +54,7 @@ def rows(name: str) -> list[dict[str, str]]:
 # GEMM -----------------------------------------------------------------------------------------------------------------
 
 
-def gemm_points() -> list[Point]:
+def gemm_points() -> Points:
     points = []
     for row in rows("kernels.csv"):
         numbers = {key.lower(): float(value) for key, value in re.findall(r"(\w+)=(\d+)", row["shape"])}
@@ -91,14 +77,14 @@ def gemm_points() -> list[Point]:
     return points
 
 
-def _gemm(source: str, machine: str, dtype: str, m: float, n: float, k: float, row: dict[str, str]) -> Point:
+def _gemm(source: str, machine: str, dtype: str, m: float, n: float, k: float, row: dict[str, str]) -> MachinePoint:
     seconds = 2 * m * n * k / (float(row["tflops"]) * 1e12)
     return Point(source, seconds, lambda known: gemm_seconds(m, n, k, 1.0, dtype, known[machine]))
 
 
 def _grouped(
     source: str, machine: str, dtype: str, experts: float, tokens: float, n: float, k: float, row: dict[str, str]
-) -> Point:
+) -> MachinePoint:
     seconds = 2 * experts * tokens * n * k / (float(row["tflops"]) * 1e12)
     return Point(source, seconds, lambda known: grouped_gemm_seconds(tokens, n, k, experts, dtype, known[machine]))
 
@@ -121,7 +107,7 @@ def with_gemm(known: Machines, x: Sequence[float]) -> Machines:
 # Attention ------------------------------------------------------------------------------------------------------------
 
 
-def attention_points() -> list[Point]:
+def attention_points() -> Points:
     points = []
     for row in rows("kernels.csv"):
         shape = re.fullmatch(r"seqlen=(\d+)(k?),head_dim=(\d+)", row["shape"])
@@ -135,7 +121,7 @@ def attention_points() -> list[Point]:
     return points
 
 
-def _flash(machine: str, row: dict[str, str], length: float, dim: float) -> Point:
+def _flash(machine: str, row: dict[str, str], length: float, dim: float) -> MachinePoint:
     """The papers' protocol: 16k tokens in all, hidden size 2048; FLOPs halved if causal, backward 2.5x forward."""
     tokens, heads, causal = 16384.0, 2048.0 / dim, row["causal"] == "y"
     both = row["direction"] == "fwd+bwd"
@@ -149,7 +135,7 @@ def _flash(machine: str, row: dict[str, str], length: float, dim: float) -> Poin
     return Point(f"{row['kernel']} {machine[:4]} {row['direction']}", flops / (float(row["tflops"]) * 1e12), predict)
 
 
-def _fused(row: dict[str, str]) -> Point:
+def _fused(row: dict[str, str]) -> MachinePoint:
     """Its FLOPs count causal attention in full (they exceed the peak otherwise); its heads show wave quantization."""
     numbers = {key: float(value) for key, value in re.findall(r"(\w+)=(\d+)", row["shape"])}
     backward, length = row["op"] == "sdp_bwd", numbers["seq_len"]
@@ -187,7 +173,7 @@ def with_attention(known: Machines, x: Sequence[float]) -> Machines:
 # Collectives ----------------------------------------------------------------------------------------------------------
 
 
-def collective_points(smallest: float = 2e6) -> list[Point]:
+def collective_points(smallest: float = 2e6) -> Points:
     points = []
     for row in rows("collectives.csv"):
         nbytes = float(row["msg_bytes"] or 0)
@@ -208,7 +194,9 @@ def collective_points(smallest: float = 2e6) -> list[Point]:
     return points
 
 
-def _collective(label: str, kind: str, nbytes: float, ranks: int, nodes: int, machine: str, seconds: float) -> Point:
+def _collective(
+    label: str, kind: str, nbytes: float, ranks: int, nodes: int, machine: str, seconds: float
+) -> MachinePoint:
     local = ranks // nodes
     return Point(label, seconds, lambda known: collective_seconds(kind, nbytes, ranks, local, known[machine]))
 
@@ -251,34 +239,7 @@ def with_collectives(known: Machines, x: Sequence[float]) -> Machines:
 # Fit and report -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Group:
-    name: str
-    points: list[Point]
-    apply: Callable[[Machines, Sequence[float]], Machines]
-    first: tuple[float, ...]
-    low: tuple[float, ...]
-    high: tuple[float, ...]
-    sole: tuple[str, ...] = ()  # sources without which some constant is not determined: never held out
-
-    def fit(self, known: Machines, without: str = "") -> list[float]:
-        points = [point for point in self.points if point.source != without]
-        counts = {p.source: sum(q.source == p.source for q in points) for p in points}
-        weights = np.array([counts[p.source] ** -0.25 for p in points])  # a large source counts more, not in proportion
-
-        def residuals(x: np.ndarray) -> np.ndarray:
-            changed = self.apply(known, list(x))
-            return weights * np.array([point.error(changed) for point in points])
-
-        scale = np.maximum(np.abs(self.first), 1e-3)
-        result = least_squares(
-            residuals, self.first, bounds=(self.low, self.high), x_scale=scale, loss="soft_l1", f_scale=0.05,
-            diff_step=np.full(len(self.first), 1e-3), max_nfev=40,
-        )  # fmt: skip
-        return [float(value) for value in result.x]
-
-
-def groups() -> list[Group]:
+def groups() -> list[Group[Machines]]:
     return [
         Group(
             "GEMM", gemm_points(), with_gemm,
@@ -302,29 +263,19 @@ def groups() -> list[Group]:
 
 def _row(label: str, errors: Sequence[float], held: Sequence[float] | None) -> str:
     def cells(values: Sequence[float]) -> str:
-        sizes = np.expm1(np.abs(values))
-        return f"{np.median(sizes):7.1%} {np.quantile(sizes, 0.9):7.1%} {np.expm1(np.median(values)):+7.1%}"
+        found = errors_of(label, values)
+        return f"{found.median:7.1%} {found.p90:7.1%} {found.bias:+7.1%}"
 
     return f"  {label:34s} {len(errors):4d}  {cells(errors)}" + (f"   {cells(held)}" if held is not None else "")
 
 
-def report(group: Group, known: Machines, held_out: dict[str, list[float]]) -> None:
+def report(group: Group[Machines], known: Machines, held_out: dict[str, list[float]]) -> None:
     print(f"\n{group.name}: error of predicted time: median, 90th percentile, median with sign; the same held out")
     for source in dict.fromkeys(point.source for point in group.points):
         errors = [point.error(known) for point in group.points if point.source == source]
         print(_row(source, errors, held_out.get(source)))
     held = [error for errors in held_out.values() for error in errors]
     print(_row("all", [point.error(known) for point in group.points], held or None))
-
-
-def hold_out(group: Group, known: Machines) -> dict[str, list[float]]:
-    out = {}
-    for source in dict.fromkeys(point.source for point in group.points):
-        if source.startswith(group.sole or "-"):
-            continue
-        changed = group.apply(known, group.fit(known, without=source))
-        out[source] = [point.error(changed) for point in group.points if point.source == source]
-    return out
 
 
 def write(known: Machines) -> None:
@@ -336,14 +287,14 @@ def write(known: Machines) -> None:
             values.update({key: value for key, value in vars(part).items() if isinstance(value, float)})
         text = path.read_text()
         for key, value in values.items():
-            text = _set(text, rf"{key}: .*latency_seconds: |  {key}: ", _number(value))
+            text = _set(text, rf"{key}: .*latency_seconds: |  {key}: ", number_text(value))
         for dtype, value in hw.gemm.max_fraction.items():
-            text = _set(text, f"    {dtype}: ", _number(value))
+            text = _set(text, f"    {dtype}: ", number_text(value))
         for kernel, constants in hw.attention.items():
             head, mark, tail = text.partition(f"\n  {kernel}:")
             block, end, rest = re.split(r"(\n(?: {0,2})\S)", tail, maxsplit=1)
             for key, value in vars(constants).items():
-                block = _set(block, f"    {key}: ", _number(value) if isinstance(value, float) else _table(value))
+                block = _set(block, f"    {key}: ", number_text(value) if isinstance(value, float) else _table(value))
             text = head + mark + block + end + rest
         path.write_text(text)
 
@@ -354,13 +305,7 @@ def _set(text: str, before: str, value: str) -> str:
 
 
 def _table(values: Mapping[int, float]) -> str:
-    return "{" + ", ".join(f"{key}: {_number(value)}" for key, value in values.items()) + "}"
-
-
-def _number(value: float) -> str:
-    """Three digits, in a form that YAML reads as a float."""
-    text = f"{value:.3g}" if 1e-3 <= value < 1e4 or value == 0 else f"{value:.2e}"
-    return text if "." in text else text.replace("e", ".0e") if "e" in text else text + ".0"
+    return "{" + ", ".join(f"{key}: {number_text(value)}" for key, value in values.items()) + "}"
 
 
 def main() -> None:
@@ -374,7 +319,7 @@ def main() -> None:
         held: dict[str, list[float]] = {}
         if not arguments.check:
             x = group.fit(known)
-            held = {} if arguments.no_hold_out else hold_out(group, known)
+            held = {} if arguments.no_hold_out else group.held_out(known)
             known = group.apply(known, x)
             print(f"\n{group.name}: {(group.apply.__doc__ or '').strip()}\n  {[float(f'{v:.4g}') for v in x]}")
         report(group, known, held)

@@ -31,6 +31,11 @@ def collective_seconds(kind: str, nbytes: float, ranks: int, ranks_per_node: int
     if ranks <= 1 or nbytes <= 0:
         return 0.0
     local = max(1, min(ranks, ranks_per_node))
+    return hw.collective.kind_factor.get(kind, 1.0) * _seconds(kind, nbytes, ranks, local, hw)
+
+
+def _seconds(kind: str, nbytes: float, ranks: int, local: int, hw: Hardware) -> float:
+    """Of a collective of more than one rank, `local` of them on a node."""
     nodes = ceil(ranks / local)
     if kind == "all_to_all":
         return _all_to_all(nbytes, ranks, local, nodes, hw)

@@ -37,12 +37,14 @@ class GemmEfficiency:
     small_tile_fraction: speed of a 128x128 tile relative to a 256x128 one; each further halving costs it again.
     store_fraction: of the time of writing the result that is not hidden behind the products.
     grouped_tokens: a grouped GEMM with M tokens per expert runs at M / (M + grouped_tokens) of a batched one.
+    tiles: (rows, columns) of the result that one multiprocessor (on a CPU: one rank's cores) works on at a time.
     """
 
     max_fraction: Mapping[str, float] = field(hash=False)
     small_tile_fraction: float
     store_fraction: float
     grouped_tokens: float
+    tiles: tuple[tuple[int, int], ...] = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 128), (64, 64))
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ class CollectiveEfficiency:
     base_seconds: launch and synchronization of any collective.
     ramp_bytes, ramp_power: message-size ramp, rate = full rate / (1 + (ramp_bytes / bytes) ** ramp_power).
     inter_ramp_bytes: the same across nodes.
+    kind_factor: seconds of a kind of collective ("reduce_scatter", ...) relative to the formula; 1 where not listed.
     """
 
     ring: float
@@ -89,6 +92,7 @@ class CollectiveEfficiency:
     ramp_bytes: float
     inter_ramp_bytes: float
     ramp_power: float
+    kind_factor: Mapping[str, float] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,8 @@ class Hardware:
     memory_reserve_fraction: of memory_bytes, kept free for the allocator's fragmentation.
     peak_flops: dense FLOP/s by dtype name ("float32" is without TF32, as PyTorch's default; "tfloat32" with).
     memory_bandwidth: bytes/s; memory_fraction of it is reached by streaming kernels.
-    kernel_launch_seconds: floor of every kernel.
+    kernel_launch_seconds: floor of every kernel. kernel_overhead_seconds: added to every kernel, where none is queued
+    while another runs (a CPU).
     sustained_fraction: of the rates of short kernel benchmarks that GEMM and attention keep up through a training step.
     attention: constants by implementation ("fa2", "fa3", ...); attention_kernel: the one assumed.
     contention_factor: relative slowdown of compute while a collective runs beside it (SMs and memory bandwidth shared).
@@ -127,6 +132,7 @@ class Hardware:
     collective: CollectiveEfficiency
     contention_factor: float
     eager_traffic: float = 1.0
+    kernel_overhead_seconds: float = 0.0
 
     def peak(self, dtype: str) -> float:
         """FLOP/s at `dtype` ("bfloat16", "torch.bfloat16", "bf16", "float8_e4m3fn", ...)."""
@@ -217,7 +223,7 @@ def _build(kind: type[_T], data: object, path: str, prefix: str) -> _T:
     unknown = [str(key) for key in data if key not in known]
     if unknown:
         raise InputError(f"{path}: unknown key {prefix}{unknown[0]}; known are {', '.join(known)}")
-    missing = [key for key, f in known.items() if key not in data and f.default is MISSING]
+    missing = [key for key, f in known.items() if key not in data and f.default is f.default_factory is MISSING]
     if missing:
         raise InputError(f"{path}: missing key {prefix}{missing[0]}")
     hints = get_type_hints(kind)
@@ -237,11 +243,19 @@ def _value(hint: Any, value: object, path: str, key: str) -> Any:
         return _number(value, path, key)
     if hint == tuple[str, ...] and isinstance(value, list):
         return tuple(str(item) for item in value)
+    if hint == tuple[tuple[int, int], ...] and isinstance(value, list) and value:
+        return tuple(_tile(item, path, key) for item in value)
     if hint in (Mapping[str, float], Mapping[int, float]) and isinstance(value, dict) and value:
         wanted = str if hint == Mapping[str, float] else int
         if all(isinstance(name, wanted) for name in value):
             return {name: _number(item, path, f"{key}.{name}") for name, item in sorted(value.items())}
     raise InputError(f"{path}: {key} cannot be {value!r}")
+
+
+def _tile(value: object, path: str, key: str) -> tuple[int, int]:
+    if not isinstance(value, list) or len(value) != 2 or any(type(size) is not int or size < 1 for size in value):
+        raise InputError(f"{path}: {key} must be pairs of whole numbers such as [128, 64], got {value!r}")
+    return value[0], value[1]
 
 
 def _number(value: object, path: str, key: str) -> float:

@@ -7,11 +7,11 @@ return seconds, return 0.0 where there is no work, and otherwise at least the ke
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import ceil
+from functools import cache
+from math import ceil, log2
 
 from omnicompile.cost_model.hardware import Hardware
 
-_TILES = ((256, 128, 0), (128, 256, 0), (128, 128, 1), (128, 64, 2), (64, 128, 2), (64, 64, 3))
 _SPLITS = (1, 2, 4)
 _QUERY_BLOCK = 128
 _BYTES = {"float64": 8, "float32": 4, "tfloat32": 4, "float8": 1}
@@ -27,7 +27,7 @@ def gemm_seconds(m: float, n: float, k: float, batch: float, dtype: str, hw: Har
     reading = batch * width * k * (m + n) / bandwidth
     writing = batch * max(width, 2) * m * n / bandwidth
     seconds = _tiles_seconds(m, n, k, batch, key, hw) + hw.gemm.store_fraction * writing
-    return max(seconds, reading + writing, hw.kernel_launch_seconds)
+    return max(seconds, reading + writing, hw.kernel_launch_seconds) + hw.kernel_overhead_seconds
 
 
 def grouped_gemm_seconds(
@@ -78,7 +78,8 @@ def attention_seconds(
     seconds = flops / rate * ramp * (1.0 + constants.wave_overhead * hw.sm_count / blocks)
     width = _BYTES.get(hw.dtype_key(dtype), 2)
     nbytes = width * (heads * q_tokens + kv_heads * kv_tokens) * (head_dim + v_head_dim) * (2.0 if backward else 1.0)
-    return max(seconds, nbytes / (hw.memory_bandwidth * hw.memory_fraction), hw.kernel_launch_seconds)
+    memory = nbytes / (hw.memory_bandwidth * hw.memory_fraction)
+    return max(seconds, memory, hw.kernel_launch_seconds) + hw.kernel_overhead_seconds
 
 
 def unfused_attention_seconds(
@@ -113,7 +114,15 @@ def memory_seconds(nbytes: float, hw: Hardware) -> float:
     """A memory-bound kernel that reads and writes `nbytes` in all."""
     if nbytes <= 0:
         return 0.0
-    return max(nbytes / (hw.memory_bandwidth * hw.memory_fraction), hw.kernel_launch_seconds)
+    seconds = nbytes / (hw.memory_bandwidth * hw.memory_fraction)
+    return max(seconds, hw.kernel_launch_seconds) + hw.kernel_overhead_seconds
+
+
+@cache
+def _halvings(tiles: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int, float], ...]:
+    """(rows, columns, halvings of the largest tile) of each tile."""
+    largest = max(m * n for m, n in tiles)
+    return tuple((m, n, log2(largest / (m * n))) for m, n in tiles)
 
 
 def _tiles_seconds(m: float, n: float, k: float, batch: float, key: str, hw: Hardware) -> float:
@@ -123,7 +132,7 @@ def _tiles_seconds(m: float, n: float, k: float, batch: float, key: str, hw: Har
     merge = 8.0 * m * n * batch / (hw.memory_bandwidth * hw.memory_fraction)
     rate = hw.peak_flops[key] * constants.max_fraction[key] * hw.sustained_fraction / sms
     best = float("inf")
-    for tile_m, tile_n, halvings in _TILES:
+    for tile_m, tile_n, halvings in _halvings(constants.tiles):
         tiles = ceil(m / tile_m) * ceil(n / tile_n) * batch
         work = tile_m * tile_n / constants.small_tile_fraction**halvings
         for split in _SPLITS:
