@@ -1,0 +1,204 @@
+"""Prices published runs with the project's cost model: `evaluate(specs, transform)`.
+
+Models are captured once each (and kept on disk by the capture cache); plans and the numeric view of a program are kept
+in a `Pricer`. Changing constants of the hardware, as a calibration does, prices again and captures nothing:
+
+    pricer = Pricer()
+    outcomes = evaluate(specs, pricer=pricer)                                             # first captures
+    outcomes = evaluate(specs, lambda spec, hw: replace(hw, sustained_fraction=0.9), pricer)  # about 2 seconds
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from published_models import POSITIONS, Model
+from published_specs import RunSpec
+
+from omnicompile.capture import config_source
+from omnicompile.capture.api import capture_program
+from omnicompile.capture.source import ModelSource
+from omnicompile.capture.source_digest import digest
+from omnicompile.cluster import Cluster
+from omnicompile.cost_model.hardware import Hardware
+from omnicompile.cost_model.step_model import StepModel
+from omnicompile.cost_model.step_numbers import ProgramNumbers
+from omnicompile.errors import OmniCompileError
+from omnicompile.plan import Plan, Prediction
+from omnicompile.planner.given import given_plan
+from omnicompile.planner.predict import simulate
+from omnicompile.program import Program, Segment
+from omnicompile.workload import Workload
+
+Transform = Callable[[RunSpec, Hardware], Hardware]
+OVERHEAD = ("context", "allocator slack")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the cost model says of a run. layout: as priced, an alternative chosen. refused: why it has no price."""
+
+    spec: RunSpec
+    layout: dict[str, str]
+    prediction: Prediction | None
+    parameters: int = 0
+    refused: str = ""
+
+    @property
+    def seconds(self) -> float:
+        assert self.prediction is not None
+        return self.prediction.step_seconds
+
+    @property
+    def ratio(self) -> float | None:
+        """Predicted over measured seconds."""
+        if self.prediction is None or self.spec.seconds is None:
+            return None
+        return self.prediction.step_seconds / self.spec.seconds
+
+    @property
+    def memory(self) -> float:
+        """Predicted bytes of the kind that was measured: those of tensors, with the allocator's slack if reserved."""
+        assert self.prediction is not None
+        kinds = self.prediction.memory
+        left_out = OVERHEAD if self.spec.memory_kind == "allocated" else OVERHEAD[:1]
+        return sum(value for kind, value in kinds.items() if kind not in left_out)
+
+    @property
+    def memory_ratio(self) -> float | None:
+        """Predicted over measured peak memory."""
+        if self.prediction is None or self.spec.memory is None:
+            return None
+        return self.memory / self.spec.memory
+
+
+@dataclass
+class Pricer:
+    """What pricing needs of the specs, made once. progress: called with each model that is captured."""
+
+    progress: Callable[[str], None] = lambda _: None
+    _programs: dict[str, Program | OmniCompileError] = field(default_factory=dict)
+    _sized: dict[tuple[str, int], tuple[Program, ProgramNumbers]] = field(default_factory=dict)
+    _plans: dict[str, Plan | OmniCompileError] = field(default_factory=dict)
+    _layouts: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    def program(self, spec: RunSpec) -> tuple[Program, ProgramNumbers]:
+        """The program of the spec's model at its sequence length. Raises OmniCompileError if it cannot be captured."""
+        key = (spec.model.config, spec.seq_len)
+        if key not in self._sized:
+            program = with_seq_len(self._captured(spec.model), spec)
+            self._sized[key] = program, ProgramNumbers(program)
+        return self._sized[key]
+
+    def _captured(self, model: Model) -> Program:
+        if model.config not in self._programs:
+            self.progress(f"capturing {model.name}")
+            try:
+                self._programs[model.config] = capture_program(_source(model), Workload(seq_len=4096))
+            except OmniCompileError as error:
+                self._programs[model.config] = error
+        found = self._programs[model.config]
+        if isinstance(found, OmniCompileError):
+            raise found
+        return found
+
+    def plan(self, spec: RunSpec, hardware: Hardware) -> tuple[Plan, dict[str, str]]:
+        """The plan of a spec. Of its alternatives the first that fits into the memory of `hardware`, chosen once."""
+        if spec.id not in self._plans:
+            self._plans[spec.id], self._layouts[spec.id] = self._choose(spec, hardware)
+        found = self._plans[spec.id]
+        if isinstance(found, OmniCompileError):
+            raise found
+        return found, self._layouts[spec.id]
+
+    def _choose(self, spec: RunSpec, hardware: Hardware) -> tuple[Plan | OmniCompileError, dict[str, str]]:
+        layout = spec.layout.layout
+        plan: Plan | OmniCompileError | None = None
+        for change in spec.layout.alternatives or ({},):
+            layout = spec.layout.layout | change
+            try:
+                plan = self._given(spec, layout)
+                if not spec.layout.alternatives or self.price(spec, plan, hardware, {}).fits:
+                    break
+            except OmniCompileError as error:
+                plan = plan or error
+        assert plan is not None
+        return plan, layout
+
+    def _given(self, spec: RunSpec, layout: dict[str, str]) -> Plan:
+        program, _ = self.program(spec)
+        workload = Workload(seq_len=spec.seq_len, global_batch=spec.global_batch)
+        return given_plan(program, _cluster(spec), workload, layout, spec.id)
+
+    def price(
+        self, spec: RunSpec, plan: Plan, hardware: Hardware, models: dict[tuple[object, ...], StepModel]
+    ) -> Prediction:
+        """models: those of this evaluation, shared by runs of one program, cluster and hardware."""
+        program, numbers = self.program(spec)
+        key = (spec.model.config, spec.seq_len, spec.gpus, spec.gpus_per_node, hardware)
+        if key not in models:
+            models[key] = StepModel(program, _cluster(spec), hardware)
+            models[key].numbers = numbers
+        prediction = simulate(program, plan, models[key]).prediction
+        assert prediction is not None
+        return prediction
+
+
+def evaluate(
+    specs: Sequence[RunSpec], transform: Transform | None = None, pricer: Pricer | None = None
+) -> list[Outcome]:
+    """What the cost model says of each run. transform: changes a run's hardware before it is priced."""
+    pricer = pricer or Pricer()
+    models: dict[tuple[object, ...], StepModel] = {}
+    return [_outcome(spec, transform(spec, spec.hardware) if transform else spec.hardware, pricer, models)
+            for spec in specs]  # fmt: skip
+
+
+def _outcome(spec: RunSpec, hardware: Hardware, pricer: Pricer, models: dict[tuple[object, ...], StepModel]) -> Outcome:
+    try:
+        plan, layout = pricer.plan(spec, spec.hardware)
+        prediction = pricer.price(spec, plan, hardware, models)
+        return Outcome(spec, layout, prediction, pricer.program(spec)[0].param_count)
+    except OmniCompileError as error:
+        return Outcome(spec, spec.layout.layout, None, refused=str(error).splitlines()[0])
+
+
+def _cluster(spec: RunSpec) -> Cluster:
+    return Cluster(spec.gpus, spec.gpu, spec.gpus_per_node)
+
+
+def _source(model: Model) -> ModelSource:
+    """A source for the capture cache: the same configuration is captured once, whatever the row calls it."""
+    content = model.config.encode()
+    name = f"published-{hashlib.sha256(content).hexdigest()[:12]}"
+    return ModelSource(
+        name, name, lambda: config_source.build(model.data, Path(name)), digest("config", "", {"config.json": content})
+    )
+
+
+def with_seq_len(program: Program, spec: RunSpec) -> Program:
+    """`program` for samples of the spec's length. A table of learned positions becomes as long as the sequence."""
+    program = replace(program, sample=replace(program.sample, seq_len=spec.seq_len))
+    if not spec.model.learned_positions:
+        return program
+    return replace(program, segments=tuple(_with_positions(s, spec.seq_len) for s in program.segments))
+
+
+def _with_positions(segment: Segment, rows: int) -> Segment:
+    """The segment with `rows` rows in parameters of POSITIONS rows, and what its operators read and write of them."""
+    tables = [p for p in segment.params if p.shape[0] == POSITIONS]
+    if not tables:
+        return segment
+    bytes_of_table = {2 * p.numel: 2 * p.numel * rows // POSITIONS for p in tables}
+    params = tuple(replace(p, shape=(rows, *p.shape[1:])) if p in tables else p for p in segment.params)
+    ops = tuple(replace(op, param_bytes=bytes_of_table.get(op.param_bytes, op.param_bytes)) for op in segment.ops)
+    return replace(segment, params=params, ops=ops)
+
+
+def note(text: str) -> None:
+    """Progress on stderr."""
+    print(text, file=sys.stderr, flush=True)
