@@ -18,11 +18,15 @@ def channel(ranks: int, ranks_per_node: int) -> str:
     return "inter" if ranks > ranks_per_node else "intra"
 
 
-def collective_seconds(kind: str, nbytes: float, ranks: int, ranks_per_node: int, hw: Hardware) -> float:
+def collective_seconds(
+    kind: str, nbytes: float, ranks: int, ranks_per_node: int, hw: Hardware, copies: int = 0
+) -> float:
     """Seconds of one collective over `ranks` ranks, of which `ranks_per_node` share a node.
 
     nbytes: for all_gather, reduce_scatter, all_reduce and broadcast the full (gathered, unsharded) tensor; for
     all_to_all the local buffer of one rank (of which (ranks-1)/ranks leaves it); for send_recv the message.
+    copies: of an all-to-all, rows of which this many each are copies of one, sent to random ranks, each node and each
+    rank receiving one of them at most (0: all rows are sent).
     A group of one rank, or no bytes, costs nothing. The other ranks of the node may run the same collective in groups
     of their own at the same time: each GPU has its own NIC.
     """
@@ -31,14 +35,14 @@ def collective_seconds(kind: str, nbytes: float, ranks: int, ranks_per_node: int
     if ranks <= 1 or nbytes <= 0:
         return 0.0
     local = max(1, min(ranks, ranks_per_node))
-    return hw.collective.kind_factor.get(kind, 1.0) * _seconds(kind, nbytes, ranks, local, hw)
+    return hw.collective.kind_factor.get(kind, 1.0) * _seconds(kind, nbytes, ranks, local, hw, copies)
 
 
-def _seconds(kind: str, nbytes: float, ranks: int, local: int, hw: Hardware) -> float:
+def _seconds(kind: str, nbytes: float, ranks: int, local: int, hw: Hardware, copies: int) -> float:
     """Of a collective of more than one rank, `local` of them on a node."""
     nodes = ceil(ranks / local)
     if kind == "all_to_all":
-        return _all_to_all(nbytes, ranks, local, nodes, hw)
+        return _all_to_all(nbytes, ranks, local, nodes, hw, copies)
     if kind == "send_recv":
         rate = hw.collective.ring * hw.intra_link.bytes_per_second if local > 1 else _network_rate(1, hw)
         return hw.collective.base_seconds + _ramped(nbytes, rate, nbytes, nodes, hw)
@@ -94,18 +98,25 @@ def _in_switch(nbytes: float, nodes: int, hw: Hardware) -> float:
     return hw.collective.base_seconds + 2.0 * hw.intra_link.latency_seconds + _ramped(nbytes, rate, nbytes, 1, hw)
 
 
-def _all_to_all(nbytes: float, ranks: int, local: int, nodes: int, hw: Hardware) -> float:
+def _all_to_all(nbytes: float, ranks: int, local: int, nodes: int, hw: Hardware, copies: int) -> float:
     """Every pair at once: the part inside the node over NVLink beside the part that leaves it over one's own NIC.
 
     A rank's own share is copied (read and written) in its memory.
     """
     constants = hw.collective
     seconds = constants.base_seconds + (ranks - 1) * hw.intra_link.latency_seconds
-    inside = nbytes * (local - 1) / ranks
+    inside, outside = nbytes * (local - 1) / ranks, nbytes * (ranks - local) / ranks
+    if copies:
+        inside = nbytes / copies * _touched(ranks, copies) * (local - 1) / local
+        outside = nbytes / copies * _touched(nodes, copies) * (nodes - 1) / nodes
     transfer = inside / (constants.all_to_all_intra * hw.intra_link.bytes_per_second)
     if nodes > 1:
-        outside = nbytes * (ranks - local) / ranks
         transfer = max(transfer, outside / (constants.all_to_all_inter * hw.inter_link.bytes_per_second))
         seconds += hw.inter_link.latency_seconds
     seconds += 2.0 * nbytes / ranks / (hw.memory_bandwidth * hw.memory_fraction)
     return seconds + _ramped(transfer, 1.0, nbytes, nodes, hw)
+
+
+def _touched(places: int, copies: int) -> float:
+    """Of `places`, how many at least one of `copies` random choices falls on, on average."""
+    return places * (1.0 - (1.0 - 1.0 / places) ** copies)

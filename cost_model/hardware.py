@@ -109,6 +109,8 @@ class Hardware:
     attention: constants by implementation ("fa2", "fa3", ...); attention_kernel: the one assumed.
     contention_factor: relative slowdown of compute while a collective runs beside it (SMs and memory bandwidth shared).
     eager_traffic: bytes moved by element-wise work that is not compiled, relative to the fused kernels of Inductor.
+    host_seconds: of the host to launch one operator from Python (a fused chain of element-wise ones counts as one).
+    eager_seconds: floor of what Inductor fuses into one kernel and an uncompiled program launches as several.
     """
 
     name: str
@@ -132,6 +134,8 @@ class Hardware:
     collective: CollectiveEfficiency
     contention_factor: float
     eager_traffic: float = 1.0
+    eager_seconds: float = 0.0
+    host_seconds: float = 0.0
     kernel_overhead_seconds: float = 0.0
 
     def peak(self, dtype: str) -> float:

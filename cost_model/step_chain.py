@@ -69,6 +69,21 @@ def expert_exchange_bytes(op: OpNumbers, split: Split) -> float:
     return op.tokens / split.rows(False) * shape.top_k * shape.hidden * ACTIVATION_BYTES
 
 
+def _expert_exchange(op: OpNumbers, split: Split, groups: Groups, prices: Prices) -> Chain:
+    assert op.op.experts is not None
+    copies = op.op.experts.top_k if prices.stack.dedup_dispatch else 0
+    return prices.collective("all_to_all", expert_exchange_bytes(op, split), groups.experts, copies)
+
+
+def launched(chain: Chain, operators: int, seconds: float) -> Chain:
+    """The chain, its compute stretched to the time that the host takes to launch its operators, if that is longer."""
+    compute = sum(piece.seconds for piece in chain if piece.stream == "compute")
+    if not compute or operators * seconds <= compute:
+        return chain
+    slower = operators * seconds / compute
+    return tuple(Piece(p.stream, p.seconds * slower, p.kind) if p.stream == "compute" else p for p in chain)
+
+
 def op_chain(
     ops: Sequence[OpNumbers],
     seconds: Sequence[float],
@@ -100,12 +115,12 @@ def op_chain(
                 pieces += prices.collective("all_to_all", nbytes, groups.sequence)
             continue
         if experts and i == experts[0]:
-            pieces += prices.collective("all_to_all", expert_exchange_bytes(op, split), groups.experts)
+            pieces += _expert_exchange(op, split, groups, prices)
         pieces.append(compute)
         if op.op.attention is not None:
             pieces += ring_pieces(op, seconds[i], split, groups, prices)
         if experts and i == experts[-1]:
-            pieces += prices.collective("all_to_all", expert_exchange_bytes(op, split), groups.experts)
+            pieces += _expert_exchange(op, split, groups, prices)
         pieces += beside.after
     return merge(pieces)
 

@@ -41,17 +41,17 @@ class Prices:
         named = stack.attention_kernel not in ("", UNFUSED)
         self.hardware = hardware.with_attention_kernel(stack.attention_kernel) if named else hardware
         self.stack = stack
-        self._collectives: dict[tuple[str, float, Group], Piece] = {}
+        self._collectives: dict[tuple[str, float, Group, int], Piece] = {}
         self._gemms: dict[tuple[float, float, float, float, str], float] = {}
 
-    def collective(self, kind: str, nbytes: float, group: Group) -> tuple[Piece, ...]:
+    def collective(self, kind: str, nbytes: float, group: Group, copies: int = 0) -> tuple[Piece, ...]:
         """The collective as a piece, or nothing when there is nothing to communicate. `nbytes`: the whole tensor, for
-        an all-to-all the local buffer."""
+        an all-to-all the local buffer. copies: see `collective_seconds`."""
         if group.trivial or nbytes <= 0:
             return ()
-        key = (kind, nbytes, group)
+        key = (kind, nbytes, group, copies)
         if key not in self._collectives:
-            seconds = collective_seconds(kind, nbytes, group.size, group.per_node, self.hardware)
+            seconds = collective_seconds(kind, nbytes, group.size, group.per_node, self.hardware, copies)
             self._collectives[key] = Piece(channel(group.size, group.per_node), seconds, kind)
         return (self._collectives[key],)
 
@@ -82,7 +82,9 @@ class Prices:
         if op.kind is OpKind.GROUPED_GEMM and op.experts is not None:
             return self._experts(numbers, split, ep)
         nbytes = numbers.activation_bytes / split.rows(inner) + numbers.param_bytes / (split.tensor if inner else 1)
-        return self.memory(nbytes * (1.0 if self.stack.compiled else self.hardware.eager_traffic))
+        if self.stack.compiled:
+            return self.memory(nbytes)
+        return max(self.memory(nbytes * self.hardware.eager_traffic), self.hardware.eager_seconds)
 
     def memory(self, nbytes: float) -> float:
         """Seconds of one kernel that streams `nbytes` through device memory."""

@@ -17,6 +17,12 @@ from omnicompile.program import OpKind, Phase, Recompute, Segment
 LOGIT_BYTES = 10
 """Per logit of a chunk in the chunked loss head: bf16 logits and their gradient, float32 probabilities, scratch."""
 
+UNFUSED_LOGIT_BYTES = 12
+"""Per logit of a head whose loss is not one kernel: 16-bit logits and gradient, and both in float32."""
+
+UNFUSED_LOSS_TRAFFIC = 2.5
+"""Bytes moved by such a loss relative to one kernel each way: cast, log-softmax, their backwards (30 to 12 a logit)."""
+
 SCORE_BYTES = 5
 """Kept per score of attention that is not fused: weights before and after dropout in 16 bit, and the mask."""
 
@@ -144,10 +150,11 @@ def _chain(
 ) -> Chain:
     ops, times = step_chain.pick(indices, numbers, seconds)
     if split.tensor == 1:
-        return step_chain.op_chain(ops, times, split, groups, prices, kind)
-    roles = tensor_parallel.roles(numbers)
-    width = tensor_parallel.stream_width(numbers)
-    return step_chain.op_chain(ops, times, split, groups, prices, kind, [roles[i] for i in indices], width)
+        chain = step_chain.op_chain(ops, times, split, groups, prices, kind)
+    else:
+        roles, width = tensor_parallel.roles(numbers), tensor_parallel.stream_width(numbers)
+        chain = step_chain.op_chain(ops, times, split, groups, prices, kind, [roles[i] for i in indices], width)
+    return step_chain.launched(chain, len(ops), prices.hardware.host_seconds) if prices.stack.host_bound else chain
 
 
 def _peaks(
@@ -161,6 +168,8 @@ def _peaks(
     if options.loss_head is LossHead.CHUNKED:
         chunk = min(LOSS_CHUNK_ROWS, rows) * vocabulary * LOGIT_BYTES
         return chunk, chunk
+    if not options.stack.fused_loss:
+        return rows * vocabulary * UNFUSED_LOGIT_BYTES, rows * vocabulary * UNFUSED_LOGIT_BYTES
     # Forward and backward of the loss are one kernel: logits and their gradient.
     logits = rows * vocabulary * ACTIVATION_BYTES
     # The weight's gradient, which is counted besides, exists only when the logits are gone.
@@ -264,7 +273,11 @@ def op_seconds(numbers: SegmentNumbers, split: Split, ep: int, chunked: bool, pr
     layer = numbers.segment.role == "layer"
     roles, width = tensor_parallel.roles(numbers), tensor_parallel.stream_width(numbers)
     inner = [role.inner for role in roles]
-    whole = tuple(prices.op(op, split, ep, own, width, layer) for op, own in zip(numbers.ops, inner))
+    slower = UNFUSED_LOSS_TRAFFIC if numbers.segment.logits is not None and not prices.stack.fused_loss else 1.0
+    whole = tuple(
+        prices.op(op, split, ep, own, width, layer) * (slower if op.op.kind is OpKind.MEMORY else 1.0)
+        for op, own in zip(numbers.ops, inner)
+    )
     if not chunked:
         return whole
     chunks = max(1, math.ceil(numbers.logit_rows / split.tokens / LOSS_CHUNK_ROWS))

@@ -88,6 +88,9 @@ class Stack:
     as Inductor does, otherwise kernel by kernel. tp_sequence: beside tp, activations between linear layers are cut
     along the sequence. tp_overlap: collectives of tp run in pieces beside their GEMMs. expert_tp: ranks that share an
     expert. overlap_gradients: sums over replicas (and ZeRO-1's parameter gathers) run beside the backward (forward).
+    dedup_dispatch: a token goes to each node and rank of its experts once (DeepEP), not once per expert. fused_loss: of a
+    whole loss head, only logits and their gradient exist, in 16 bit; otherwise float32 copies of both besides.
+    host_bound: operators are launched one by one from Python, so that a layer takes at least the host's time for them.
     recompute_attention: attention runs again in the backward. recompute_share: share of a block's layers that its
     recompute policy is for. master_dtype: of master weights; moment_dtype: of each of AdamW's two moments.
     """
@@ -100,6 +103,9 @@ class Stack:
     tp_overlap: bool = False
     expert_tp: int = 1
     overlap_gradients: bool = False
+    dedup_dispatch: bool = False
+    fused_loss: bool = True
+    host_bound: bool = False
     recompute_attention: bool = False
     recompute_share: float = 1.0
     master_dtype: str = "float32"

@@ -78,8 +78,8 @@ def pipeline_refusal(program: Program, plan: Plan) -> str | None:
     if chunks > 1 and stages == 1:
         return f"pipeline_chunks={chunks} without a pipeline (pp=1)"
     layers = sum(run.count for run in program.runs if program.segment(run.segment).role == "layer")
-    if stages > 1 and layers < stages * chunks:
-        return f"{layers} layers cannot be dealt out to pp={stages} stages of {chunks} chunks"
+    if stages > 1 and layers < stages:
+        return f"{layers} layers cannot be dealt out to pp={stages} stages"
     return None
 
 

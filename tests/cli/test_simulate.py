@@ -62,7 +62,7 @@ def test_the_timeline_of_a_step(run: Run, model: Path, tmp_path: Path) -> None:
         ("sp", "not choice=value"),
         ("speed=9", "no field 'speed'"),
         ("tp=8", "which tp=8 does not divide"),
-        ("pp=8", "4 layers cannot be dealt out to pp=8 stages"),
+        ("pp=8", "4 layers cannot be dealt out to pp=8"),
         ("micro_batch=3", "micro_batch 3"),
     ],
 )
