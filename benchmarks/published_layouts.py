@@ -14,11 +14,15 @@ What a row leaves open follows from its framework (`FRAMEWORKS`), which `source`
   "selective layer" every other layer; "selective" alone (FSDP) the smallest share of whole layers that fits into
   memory. Not stated: none, or the first of selective and full that fits, since the run did.
 - 8-bit floats are used by linear layers only. Inductor, Transformer Engine and Megatron's kernels fuse elementwise
-  operators; other frameworks run them one by one unless the row says that it is compiled.
+  operators; other frameworks run them one by one unless the row says that it is compiled. What is not compiled is
+  launched from Python. Losses make float32 copies of logits unless the framework or the row fuses them.
+- Experts across nodes are reached through all-to-alls of every copy of a token, but through DeepEP where the row says
+  so and in NVIDIA's recipes of 2025 and later (Megatron-Bridge, AutoModel).
 - "flash-attn" without a version is FlashAttention-1 for publishers of 2023 (`flash`), otherwise FlashAttention-2.
 - A pipeline of FSDP ranks keeps gathered parameters through its micro-batches, as torchtitan does.
 - Gradients are reduced in the dtype that the framework's recipes use (`reduce`), overlapped with the backward unless
-  the notes say otherwise or the run is of Megatron before its distributed optimizer.
+  the notes say otherwise, the framework waits for it (`overlap`) or the run is of Megatron before its distributed
+  optimizer. Collectives of tensor parallelism overlap with their GEMMs in NVIDIA's recipes and where stated.
 """
 
 from __future__ import annotations
@@ -39,7 +43,9 @@ class Framework:
     """What a training framework implies. ulysses: its sequence parallelism. zero: stage where fsdp is 1 and no stage
     is stated. fused: elementwise operators run as few kernels without a compiler. reduce: dtype of gradients that are
     reduced. tp_sequence: its tensor parallelism splits the rest of a layer along the sequence. tp_overlap: its
-    published recipes overlap the collectives of tensor parallelism. flash: its "flash-attn" without a version."""
+    published recipes overlap the collectives of tensor parallelism. flash: its "flash-attn" without a version.
+    recompute: on unless stated ("": not known). overlap: gradients are reduced beside the backward. loss_head: its
+    own; fused_loss: its loss makes no float32 copies of logits. dedup: its experts are reached through DeepEP."""
 
     name: str
     pattern: str
@@ -50,22 +56,29 @@ class Framework:
     tp_sequence: bool = True
     tp_overlap: bool = False
     flash: str = "fa2"
+    recompute: str = ""
+    overlap: bool = True
+    loss_head: str = "full"
+    fused_loss: bool = False
+    dedup: bool = False
 
 
 FRAMEWORKS = (
-    Framework("automodel", r"automodel", fused=True),
-    Framework("nvidia-recipe", r"dgxc|megatron-bridge performance|card \(pretrain_performance", zero=1, fused=True,
-              reduce="bfloat16", tp_overlap=True),
-    Framework("paxml", r"pax(ml)?\b|jax", fused=True, reduce="bfloat16"),
+    Framework("automodel", r"automodel", fused=True, dedup=True),
+    Framework("megatron-bridge", r"megatron-bridge", zero=1, fused=True, reduce="bfloat16", tp_overlap=True,
+              fused_loss=True, dedup=True),
+    Framework("nvidia-recipe", r"dgxc|megatron-lm examples", zero=1, fused=True, reduce="bfloat16", tp_overlap=True,
+              fused_loss=True),
+    Framework("paxml", r"pax(ml)?\b|jax", fused=True, reduce="bfloat16", recompute="full", fused_loss=True),
     Framework("megatron", r"megatron|nemo\b|vtrain|simumax|bigscience|korthikanti", zero=1, fused=True),
     Framework("torchtitan", r"torchtitan"),
     Framework("fms", r"fms-fsdp", reduce="bfloat16"),
-    Framework("composer", r"llm-foundry|mosaicml|composer", flash="fa1"),
-    Framework("nanotron", r"nanotron"),
+    Framework("composer", r"llm-foundry|mosaicml|composer", flash="fa1", fused_loss=True),
+    Framework("nanotron", r"nanotron", overlap=False),
     Framework("internevo", r"internevo|internlm train", ulysses=True, reduce="bfloat16", tp_sequence=False,
-              flash="fa1"),
-    Framework("deepspeed", r"xtuner|deepspeed|swift", ulysses=True, reduce="bfloat16"),
-    Framework("veomni", r"veomni", ulysses=True),
+              flash="fa1", overlap=False, fused_loss=True),
+    Framework("deepspeed", r"xtuner|deepspeed|swift", ulysses=True, reduce="bfloat16", recompute="full"),
+    Framework("veomni", r"veomni", ulysses=True, recompute="full", loss_head="chunked"),
 )  # fmt: skip
 OTHER = Framework("other", "")
 
@@ -160,6 +173,8 @@ def _mesh(draft: _Draft, gpus: int, experts: bool) -> tuple[int, int]:
         if ep is None:
             raise SkipRow("ep not stated")
         _set(draft, "ep", ep)
+        if row.mentions(r"DeepEP|HybridEP") or (draft.framework.dedup and not row.mentions(r"\bA2A\b|alltoall")):
+            draft.layout["dedup_dispatch"] = "true"
         if expert_tp := _noted(row, r"\bETP\s*=?\s*(\d+)"):
             _set(draft, "expert_tp", expert_tp)
     _set(draft, "tp", tp)
@@ -274,29 +289,34 @@ def _batch(draft: _Draft, data_ranks: int) -> tuple[int, int]:
 
 def _recompute(draft: _Draft) -> None:
     text = draft.row["recompute"].lower()
-    if not text:
+    if not text and (noted := draft.row.notes_match(r"\b(\w+) recompute\b(?! cell)")) and "core_at" in noted.group(1):
+        text = f"selective: {noted.group(1)}"
+    if not text and draft.framework.recompute:
+        draft.layout["recompute"] = draft.framework.recompute
+        draft.assumed.append(f"recompute: {draft.framework.recompute}")
+    elif not text:
         draft.assumed.append("recompute: none, or the first that fits")
         draft.alternatives = ({}, {"recompute": "selective"}, {"recompute": "full"})
-    elif text.startswith(("full", "activation_checkpointing=true")) or "(full)" in text:
+    elif re.match(r"full|all\b|yes\b|true\b|activation_checkpointing=true", text) or "(full)" in text:
         draft.layout["recompute"] = "full"
         if "offload" in text:
             draft.layout["offload"] = "true"
     elif text.startswith("selective"):
         _selective(draft, text)
-    elif not text.startswith("none"):
+    elif not re.match(r"none|no\b|false\b|off\b", text):
         raise SkipRow("recompute of an unknown kind")
 
 
 def _selective(draft: _Draft, text: str) -> None:
     """ "selective (core attention)", "selective op", "selective layer", "selective: mla_up_proj,mlp", "selective"."""
     words = frozenset(re.findall(r"[a-z_]+", text.removeprefix("selective"))) - {"per", "sac", "default", "toml"}
-    if re.search(r"core[_ ]att", text):
+    if words & {"mlp", "moe"}:
+        draft.layout["recompute"] = "except_attention"
+        draft.assumed.append("recompute of all but attention, for that of the feed-forward part")
+    elif re.search(r"core[_ ]att", text):
         draft.layout["recompute"] = "core_attention"
     elif "layer" in words:
         draft.layout |= {"recompute": "full", "recompute_share": "0.5"}
-    elif words & {"mlp", "moe"}:
-        draft.layout["recompute"] = "except_attention"
-        draft.assumed.append("recompute of all but attention, for the feed-forward part alone")
     elif words & CHEAP or "torchtitan" in words or re.search(r"\((?:toml|torchtitan) default", text):
         draft.layout["recompute"] = "selective"
     elif not words:
@@ -311,18 +331,21 @@ def _numbers(draft: _Draft) -> None:
     """Dtypes, and how elementwise operators and the loss run."""
     row, layout = draft.row, draft.layout
     precision = row["precision"].lower()
-    if not re.match(r"bf16|fp16|fp8", precision):
+    if not re.match(r"b(f|float)16|f(p|loat)16|(mx)?fp8", precision):
         raise SkipRow("precision not stated" if not precision else "precision of an unknown kind")
     layout["reduce_dtype"] = _reduce_dtype(draft, precision)
-    if precision.startswith("fp8"):
+    if re.match(r"(mx)?fp8", precision):
         layout["gemm_dtype"] = "float8"
     if row.mentions(r"BF16 Adam moments"):
         layout["moment_dtype"] = "bfloat16"
     if row.mentions(r"optimizer offload"):
         layout["offload_optimizer"] = "true"
-    if row["compiled"] != "y" and not draft.framework.fused:
-        layout["compiled"] = "false"
-    if row.mentions(r"chunked loss"):
+    if row["compiled"] != "y" and draft.framework.name != "paxml":
+        layout["host_bound"] = str(not row.mentions(r"CUDA graphs? (full|attn)")).lower()
+        if not draft.framework.fused:
+            layout["compiled"] = "false"
+    layout["fused_loss"] = str(draft.framework.fused_loss or row.mentions(r"\bCE fusion|fused cross")).lower()
+    if row.mentions(r"chunked loss") or draft.framework.loss_head == "chunked":
         layout["loss_head"] = "chunked"
 
 
@@ -345,7 +368,7 @@ def _reduce_dtype(draft: _Draft, precision: str) -> str:
         return "float32"
     if "pure" in precision:
         return "bfloat16"
-    return "float16" if precision.startswith("fp16") else draft.framework.reduce
+    return "float16" if re.match(r"f(p|loat)16", precision) else draft.framework.reduce
 
 
 def _overlap(draft: _Draft) -> None:
@@ -357,7 +380,9 @@ def _overlap(draft: _Draft) -> None:
         elif row.mentions(r"sequence.parallel", "recompute") or row.mentions(r"\bSP on\b|\bSP;|sequence-parallel TP"):
             sequence = True
         layout["tp_sequence"] = str(sequence).lower()
-        overlap = draft.framework.tp_overlap or row.mentions(r"async ?TP|async comm|\btp overlap|userbuffer")
+        overlap = draft.framework.tp_overlap or row.mentions(r"async ?TP|\btp overlap|userbuffer")
         layout["tp_overlap"] = str(overlap and sequence).lower()
-    overlapped = is_modern(row) and not row.mentions(r"no ZeRO overlap|use_gradient_bucket=false")
+    overlapped = (
+        is_modern(row) and draft.framework.overlap and not row.mentions(r"no ZeRO overlap|use_gradient_bucket=false")
+    )
     layout["overlap_gradients"] = str(overlapped).lower()

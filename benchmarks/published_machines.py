@@ -2,13 +2,13 @@
 
 Figures of data sheets: H100 with HBM2e 2.4 TB/s and a power limit as in the row; 40 GB A100 1.555 TB/s; A800 has NVLink
 at 400 GB/s in both directions; the PCIe cards have no NVLink. Assumed:
-- under a power limit of W watts the rates of whole steps fall with the cube root of W (power grows with the cube of
-  the clock where the voltage follows it);
+- under a power limit the rates of whole steps fall with the cube root of the power that is left beside 150 W for
+  memory and leakage (power grows with the cube of the clock where the voltage follows it);
 - where neither the row nor another row of its publisher states the network: 8 x 200 Gb/s a node for A100 and A800
   (DGX A100), 8 x 400 Gb/s for the others;
-- FlashAttention-1 ("fa1") runs at 0.44 of the rates of FlashAttention-2: `data/kernels.csv` has it on the A100 at 69 to
-  83 TFLOP/s from 2,048 tokens on (head dimension 128, causal, both directions), where the constants of
-  FlashAttention-2 give 156 to 189. It has no kernels of its own for Hopper; the same is taken there.
+- FlashAttention-1 ("fa1") runs at 0.58 of the rates of FlashAttention-2. `data/kernels.csv` has its first version on
+  the A100 at 0.44 to 0.57 of them; 0.58 is what runs of its last versions need whose time is mostly attention
+  (sequences of 32K and more), on A100 and H100 alike.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from published_rows import Row, SkipRow
 from omnicompile.cost_model.hardware import Hardware, load_hardware
 
 GIGABIT = 1e9 / 8
-FIRST_FLASH = 0.44
+FIRST_FLASH = 0.58
+IDLE_WATTS = 150.0
 GIB_PER_NAMED_GB = 79.1 / 80  # an "80 GB" card shows 79.1 GiB
 
 
@@ -107,7 +108,8 @@ def _power(card: Card, row: Row) -> float:
     """Of the rates at the data sheet's power, those under the row's limit."""
     stated = re.search(r"\b(\d{3,4})\s?W\b", row["gpu"]) or row.notes_match(r"\b(\d{3,4})\s?W power limit")
     watts = float(stated.group(1)) if stated else card.watts
-    return float(min(1.0, watts / card.watts) ** (1 / 3))
+    left = max(1.0, watts - IDLE_WATTS) / (card.watts - IDLE_WATTS)
+    return float(min(1.0, left) ** (1 / 3))
 
 
 def stated_network(row: Row) -> float | None:

@@ -201,8 +201,9 @@ def _gpt2(row: Row, sizes: dict[str, int]) -> dict[str, Any]:
 
 def _dense(kind: str, architecture: str, **more: Any) -> Any:
     def build(row: Row, sizes: dict[str, int]) -> dict[str, Any]:
-        _need(sizes, "ffn")
-        config = _common(kind, architecture, sizes) | {"intermediate_size": sizes["ffn"]} | more
+        common = _common(kind, architecture, sizes)
+        (ffn,) = _need(sizes, "ffn")
+        config = common | {"intermediate_size": ffn} | more
         return config | ({"head_dim": sizes["head_dim"]} if sizes.get("head_dim") else {})
 
     return build

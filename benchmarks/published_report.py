@@ -113,7 +113,8 @@ def _memory(outcomes: Sequence[Outcome]) -> list[str]:
         return []
     lines = [
         "", "## Peak memory", "",
-        "Allocated: bytes of tensors. Reserved: with the allocator's slack. Values as GiB, whatever the label.",
+        "Allocated: bytes of tensors. Reserved: with the allocator's slack. Device: with the context too. Values are "
+        "taken as GiB, whatever their label.",
     ]  # fmt: skip
     groups = {"all": rows} | grouped(rows, lambda o: [f"{o.spec.suite}, {o.spec.memory_kind}"])
     cells = [[name, *_cells(errors(memory_ratios(group)))] for name, group in groups.items()]

@@ -62,10 +62,11 @@ class Outcome:
 
     @property
     def memory(self) -> float:
-        """Predicted bytes of the kind that was measured: those of tensors, with the allocator's slack if reserved."""
+        """Predicted bytes of the kind that was measured: those of tensors, with the allocator's slack if reserved, with
+        the context too if of the whole device."""
         assert self.prediction is not None
         kinds = self.prediction.memory
-        left_out = OVERHEAD if self.spec.memory_kind == "allocated" else OVERHEAD[:1]
+        left_out = {"allocated": OVERHEAD, "reserved": OVERHEAD[:1]}.get(self.spec.memory_kind, ())
         return sum(value for kind, value in kinds.items() if kind not in left_out)
 
     @property
@@ -122,7 +123,7 @@ class Pricer:
             layout = spec.layout.layout | change
             try:
                 plan = self._given(spec, layout)
-                if not spec.layout.alternatives or self.price(spec, plan, hardware, {}).fits:
+                if not spec.layout.alternatives or _fits(self.price(spec, plan, hardware, {})):
                     break
             except OmniCompileError as error:
                 plan = plan or error
@@ -165,6 +166,12 @@ def _outcome(spec: RunSpec, hardware: Hardware, pricer: Pricer, models: dict[tup
         return Outcome(spec, layout, prediction, pricer.program(spec)[0].param_count)
     except OmniCompileError as error:
         return Outcome(spec, spec.layout.layout, None, refused=str(error).splitlines()[0])
+
+
+def _fits(prediction: Prediction) -> bool:
+    """Whether tensors and context fit: a run that was published had its allocator's slack under control."""
+    kinds = prediction.memory
+    return sum(value for kind, value in kinds.items() if kind != "allocator slack") <= prediction.memory_capacity
 
 
 def _cluster(spec: RunSpec) -> Cluster:

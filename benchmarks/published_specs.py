@@ -25,7 +25,8 @@ class RunSpec:
     """One published run, ready to be priced.
 
     seconds: measured, of one optimizer step; None for rows of memory alone. seconds_from: the columns it comes from.
-    memory: measured peak bytes of a GPU (or None); memory_kind: "allocated" by tensors or "reserved" by the allocator.
+    memory: measured peak bytes of a GPU (or None); memory_kind: "allocated" by tensors, "reserved" by the
+    allocator, or all of the "device".
     Values of `peak_mem_gib` are taken as GiB, also where the source labelled them GB (7% less if it meant 1e9).
     weak: why the row does not count in totals, or "". assumed: what the row leaves open.
     """
@@ -124,9 +125,12 @@ def full_attention_flops(model: Model, seq_len: int) -> float:
 
 
 def memory_kind(row: Row) -> str:
-    """torchtitan logs what the allocator reserved; a peak is otherwise that of allocated tensors unless stated."""
+    """torchtitan logs what the allocator reserved, and what is read of nodes comes from the driver; a peak is otherwise
+    that of allocated tensors unless stated."""
     if row.mentions(r"torchtitan", "source"):
         return "reserved"
+    if row.mentions(r"\bmem\w*\b[^;]*\bnodes\b"):
+        return "device"
     if row.mentions(r"allocated|\balloc\b"):
         return "allocated"
     return "reserved" if row.mentions(r"reserved") else "allocated"
