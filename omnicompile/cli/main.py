@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     try:
-        args = _parser().parse_args(arguments)
+        args = _parser().parse_args(arguments, argparse.Namespace(command_line=arguments))
         command: Command = import_module(f"omnicompile.cli.{args.command}")  # type: ignore[assignment]
         with _without_collector(), nullcontext() if debug else _libraries_quiet():
             return command.run(args)
@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"omnicompile {_version()}")
+    parser.add_argument("--version", action="version", version=f"omnicompile {version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in COMMANDS:
         command: Command = import_module(f"omnicompile.cli.{name}")  # type: ignore[assignment]
@@ -136,7 +136,8 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _version() -> str:
+def version() -> str:
+    """Of the installed package."""
     from importlib.metadata import PackageNotFoundError, version
 
     try:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omnicompile.cli.arguments import add_cluster, add_model, add_workload, cluster_of, workload_of
+from omnicompile.cli.html import Shown, add_html, check_html, write_html
 from omnicompile.cli.progress import color_wanted, emit, working
 from omnicompile.cluster import Cluster
 from omnicompile.errors import InputError
@@ -30,6 +31,8 @@ examples:
       keep some choices and let the planner fill in the rest
   omnicompile plan model.py --gpus 128 --out recipe.yaml
       save the plan; edit it, and give it (or any part of it) back with --recipe recipe.yaml
+  omnicompile plan model.py --gpus 128 --html report.html
+      a page to read and to show: blocks, memory, timeline, other sample lengths and GPU counts
   omnicompile plan package.module:Class --config config.json --gpus 32 --price 2.5
       a class of a package; with the price of a GPU-hour, the cost of a billion tokens
   omnicompile plan model.py --gpu h100 --min-gpus
@@ -73,6 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     answer.add_argument("--max-seq-len", action="store_true", help="plan for the longest sequence that fits")
     output = parser.add_argument_group("output")
     output.add_argument("--out", metavar="FILE", help="save the best plan as a recipe (YAML)")
+    add_html(output)
     output.add_argument("--json", action="store_true", help="print JSON for programs")
     output.add_argument(
         "--dry-run",
@@ -88,7 +92,8 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("--dry-run goes with the report, not with --json")
     if args.out is not None and not Path(args.out).resolve().parent.is_dir():
         raise InputError(f"--out {args.out}: directory {Path(args.out).parent} does not exist")
-    result = _search(args)
+    check_html(args)
+    request, result = _search(args)
     best = result.plans[0]
     if args.out is not None:
         best.save(args.out)
@@ -97,8 +102,16 @@ def run(args: argparse.Namespace) -> int:
 
         view = plans_json(result.plans, result.lost_because, result.program)
         emit(json.dumps(view | {"explored": result.explored, "seconds": result.seconds}, indent=2))
-        return 0
-    emit(_report(result, args.out))
+    else:
+        emit(_report(result, args.out))
+    if args.html is not None:
+        shown = Shown(
+            result.plans, result.lost_because, result.program, request.pins, result.explored, _searched(result)
+        )
+        with working("drawing the page", args.debug) as show:
+            write_html(args, shown, show)
+    if args.html is not None and not args.json:
+        emit(f"page saved as {args.html}")
     if args.dry_run:
         emit(_dry_run(args, best))
     return 0
@@ -143,27 +156,29 @@ def _largest(args: argparse.Namespace) -> int:
     return 2048 * (args.gpus_per_node or 8)
 
 
-def _search(args: argparse.Namespace) -> PlanResult:
+def _search(args: argparse.Namespace) -> tuple[Request, PlanResult]:
     with working(f"reading {args.model}", args.debug) as show:
         request = _request(args)
         from omnicompile.planner import api
 
         answer = api.min_gpus if args.min_gpus else api.max_seq_len if args.max_seq_len else api.plan_source
         cache = request.source.cacheable and not args.no_cache
-        return answer(request.source, request.cluster, request.workload, request.pins, args.top, cache, show)
+        found = answer(request.source, request.cluster, request.workload, request.pins, args.top, cache, show)
+    return request, found
 
 
 def _report(result: PlanResult, saved: str | None) -> str:
     from omnicompile.report.terminal import plan_text
-    from omnicompile.report.units import plural, seconds_text
 
     text = plan_text(result.plans[0], result.program, result.plans[1:], result.lost_because[1:], color=color_wanted())
-    steps = ", ".join(f"{name} {seconds_text(value)}" for name, value in result.seconds.items())
-    lines = [
-        text,
-        "",
-        f"{plural(result.explored, 'plan')} considered, {result.simulated:,} of them simulated ({steps})",
-    ]
+    lines = [text, "", _searched(result)]
     if saved is not None:
         lines.append(f"saved as {saved}")
     return "\n".join(lines)
+
+
+def _searched(result: PlanResult) -> str:
+    from omnicompile.report.units import plural, seconds_text
+
+    steps = ", ".join(f"{name} {seconds_text(value)}" for name, value in result.seconds.items())
+    return f"{plural(result.explored, 'plan')} considered, {result.simulated:,} of them simulated ({steps})"

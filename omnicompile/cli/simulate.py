@@ -7,6 +7,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from omnicompile.cli.arguments import add_cluster, add_model, add_workload, cluster_of, workload_of
+from omnicompile.cli.html import Shown, add_html, check_html, write_html
 from omnicompile.cli.progress import color_wanted, emit, working
 
 if TYPE_CHECKING:
@@ -41,18 +42,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--recipe", metavar="FILE", help="the choices of a recipe; --layout goes before them")
     output = parser.add_argument_group("output")
     output.add_argument("--trace", metavar="FILE", help="write the timeline of a step for Perfetto (JSON)")
+    add_html(output)
     output.add_argument("--json", action="store_true", help="print JSON for programs")
 
 
 def run(args: argparse.Namespace) -> int:
     from omnicompile.recipe import load_machine, load_pins, split_choices
 
+    check_html(args)
     machine: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
     layout: dict[str, str] = {}
     if args.recipe is not None:
         machine, layout = load_machine(args.recipe), load_pins(args.recipe)
     layout |= split_choices(args.layout, "--layout")
     plan, program = _priced(args, machine, layout)
+    if args.html is not None:
+        with working("drawing the page", args.debug) as show:
+            write_html(args, Shown([plan], [""], program), show)
     if args.json:
         from omnicompile.report.json_view import plans_json
 
@@ -61,6 +67,8 @@ def run(args: argparse.Namespace) -> int:
     from omnicompile.report.terminal import plan_text
 
     emit(plan_text(plan, program, color=color_wanted()))
+    if args.html is not None:
+        emit(f"\npage saved as {args.html}")
     if args.trace:
         emit(f"\ntimeline of the step's last micro-step saved as {args.trace}: open it in ui.perfetto.dev")
     return 0

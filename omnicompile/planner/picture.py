@@ -6,16 +6,12 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 
-import numpy as np
-
 from omnicompile.cost_model import timeline
-from omnicompile.cost_model.memory import KINDS
 from omnicompile.cost_model.schedule import COMPUTE, Loop, Schedule, Task
 from omnicompile.cost_model.step_model import StepModel
-from omnicompile.cost_model.step_schedule import build_step
 from omnicompile.picture import Flow, Picture, StepTask, Stretch, Transfer
 from omnicompile.plan import Plan
-from omnicompile.planner.predict import block_tables
+from omnicompile.planner.predict import memory_by_block, slowest_stage
 from omnicompile.program import Program
 
 _GATHER = re.compile(r"gather\d+")
@@ -32,17 +28,20 @@ _SEPARATOR = "\x1f"
 
 
 def picture_of(plan: Plan, program: Program, model: StepModel | None = None) -> Picture:
-    """The picture of a plan that is priced. model: of this program and cluster, to save time."""
+    """The picture of a plan that is priced; of a pipeline, that of its slowest stage (the memory of its fullest).
+
+    model: what was computed before for this program and cluster, to save time.
+    """
     model = model or StepModel(program, plan.cluster)
-    step = build_step(program, plan, model)
+    stage, step = slowest_stage(plan, model)
     micro, last = _gathers_of_their_blocks(step.micro), _gathers_of_their_blocks(step.last)
     line = timeline.simulate(last, keep_tasks=True, every_iteration=True)
     tasks = tuple(StepTask(n, s, kind, block, a, b) for n, s, a, b, kind, block in line.tasks if b > a)
-    forwards = sum(run.count for run in program.runs)
+    forwards = sum(run.count for run in stage.runs)
     return Picture(
         transfers=_transfers([(micro, step.accumulation - 1), (last, 1)]),
         flows=_flows(plan, program, model),
-        memory=_memory(plan, model),
+        memory=memory_by_block(plan, model),
         tasks=tasks,
         stretches=_stretches(line.tasks, forwards, line.seconds),
         seconds=line.seconds,
@@ -80,10 +79,12 @@ def _transfers(parts: list[tuple[Schedule, int]]) -> tuple[Transfer, ...]:
             for task in loop.tasks:
                 if task.stream != COMPUTE and task.seconds:
                     counts[task.kind] = counts.get(task.kind, 0) + weight * loop.count
-    return tuple(
-        Transfer(*key.split(_SEPARATOR), count, exposed.get(key, 0.0), hidden.get(key, 0.0))
-        for key, count in counts.items()
-    )
+    transfers: list[Transfer] = []
+    for key, count in counts.items():
+        block, kind, purpose, stream = key.split(_SEPARATOR)
+        seen = exposed.get(key, 0.0), hidden.get(key, 0.0)
+        transfers.append(Transfer(block, kind, purpose, stream, count, *seen))
+    return tuple(transfers)
 
 
 def _told_apart(loop: Loop) -> Loop:
@@ -102,13 +103,6 @@ def _purpose(name: str) -> str:
 def _flows(plan: Plan, program: Program, model: StepModel) -> tuple[Flow, ...]:
     sizes = model.numbers.at(plan.micro_batch).edges
     return tuple(Flow(edge.source, edge.target, size) for edge, size in zip(program.edges, sizes))
-
-
-def _memory(plan: Plan, model: StepModel) -> dict[str, dict[str, float]]:
-    """Bytes at the moment of the peak, by block and kind."""
-    tables = block_tables(plan, model, model.plan_blocks(plan))
-    column = int(np.argmax(np.sum(list(tables.values()), axis=0).sum(axis=0)))
-    return {name: {kind: float(table[row, column]) for row, kind in enumerate(KINDS)} for name, table in tables.items()}
 
 
 def _stretches(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from omnicompile.cost_model import pipeline, timeline
-from omnicompile.cost_model.memory import ACTIVATION_ROW, MemoryLayout, Table, overhead_bytes, peak_breakdown
+from omnicompile.cost_model.memory import ACTIVATION_ROW, KINDS, MemoryLayout, Table, overhead_bytes, peak_breakdown
 from omnicompile.cost_model.step_layout import block_groups
 from omnicompile.cost_model.step_model import BlockCost, StepModel
 from omnicompile.cost_model.step_numbers import OpNumbers
@@ -58,9 +58,22 @@ def simulated_seconds(plan: Plan, model: StepModel) -> float:
 
 def last_micro_step(plan: Plan, model: StepModel) -> timeline.Timeline:
     """The last micro-step with every task, its optimizer step included; of a pipeline, of its slowest stage."""
+    return timeline.simulate(slowest_stage(plan, model)[1].last, keep_tasks=True, every_iteration=True)
+
+
+def slowest_stage(plan: Plan, model: StepModel) -> tuple[Program, Step]:
+    """The stage of the pipeline that paces the others (without one: the whole program), and its step."""
     ran = _run_stages(plan, model)
     slowest = ran[_pace(plan, model, ran).slowest]
-    return timeline.simulate(slowest.step.last, keep_tasks=True, every_iteration=True)
+    return slowest.model.program, slowest.step
+
+
+def memory_by_block(plan: Plan, model: StepModel) -> dict[str, dict[str, float]]:
+    """Bytes at the peak by block and kind, on the stage that needs most."""
+    tables = [_tables_in_flight(plan, ran.model, ran.blocks, ran.in_flight) for ran in _run_stages(plan, model)]
+    fullest = max(tables, key=lambda found: float(np.sum(list(found.values()), axis=0).sum(axis=0).max()))
+    column = int(np.argmax(np.sum(list(fullest.values()), axis=0).sum(axis=0)))
+    return {name: dict(zip(KINDS, map(float, table[:, column]))) for name, table in fullest.items()}
 
 
 @dataclass(frozen=True)
@@ -166,15 +179,21 @@ def memory_of(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Bytes per GPU at the peak: by kind, and by block (without what belongs to none). in_flight: micro-batches whose
     activations are kept at once."""
+    tables = _tables_in_flight(plan, model, blocks, in_flight)
+    total = np.sum(list(tables.values()), axis=0)
+    column = int(np.argmax(total.sum(axis=0)))
+    return peak_breakdown(total, model.hardware), {name: float(t[:, column].sum()) for name, t in tables.items()}
+
+
+def _tables_in_flight(plan: Plan, model: StepModel, blocks: dict[str, BlockCost], in_flight: float) -> dict[str, Table]:
+    """`block_tables` with the activations of the other micro-batches in flight."""
     tables = block_tables(plan, model, blocks)
     if in_flight > 1:
         for name, table in tables.items():
             units = blocks[name].work.units
             kept = sum(units[run.segment].saved * run.count for run in model.program.runs if run.segment in units)
             table[ACTIVATION_ROW] += (in_flight - 1) * kept
-    total = np.sum(list(tables.values()), axis=0)
-    column = int(np.argmax(total.sum(axis=0)))
-    return peak_breakdown(total, model.hardware), {name: float(t[:, column].sum()) for name, t in tables.items()}
+    return tables
 
 
 def capacity(model: StepModel) -> float:

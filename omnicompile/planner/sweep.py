@@ -15,7 +15,8 @@ from omnicompile.planner.predict import predict, simulate
 from omnicompile.program import Program
 from omnicompile.workload import Workload
 
-POINTS = 5
+POINTS, FEWER_POINTS = 5, 3
+MANY_PLANS = 1_000_000
 LEAST_TOKENS = 256
 FOLLOW_THE_GPUS = ("mesh.dp_replicate", "mesh.dp_shard", "step.accumulation")
 """Pins that no plan for another number of GPUs could keep."""
@@ -35,18 +36,22 @@ At = Callable[[Place], Plan]
 
 
 def sweep(
-    plan: Plan, program: Program, pins: Mapping[str, str] | None = None, progress: Progress = silent
+    plan: Plan,
+    program: Program,
+    pins: Mapping[str, str] | None = None,
+    progress: Progress = silent,
+    points: int = POINTS,
 ) -> tuple[Curve, Curve]:
     """Over sample lengths and over GPU counts: the choices of `plan` kept, and the fastest plan of each size. With the
     GPUs grows dp_replicate, where it is above 1, or dp_shard.
 
     pins: what the search keeps, but for what follows from the number of GPUs where that changes; None: no search. Where
-    nothing fits, the plan that needs the least memory stands.
+    nothing fits, the plan that needs the least memory stands. points: at most, of each curve.
     """
     here = Place(program, plan.cluster, plan.workload)
     tokens, gpus = program.sample.seq_len, plan.cluster.gpus
-    lengths = {value: _longer(here, value) for value in sample_lengths(program)}
-    counts = {value: _larger(here, value) for value in gpu_counts(plan.cluster)}
+    lengths = {value: _longer(here, value) for value in sample_lengths(program, points)}
+    counts = {value: _larger(here, value) for value in gpu_counts(plan.cluster, points)}
 
     def best(place: Place) -> Plan:
         progress(f"planning for {place.program.sample.seq_len:,} tokens on {place.cluster.gpus:,} GPUs")
@@ -83,27 +88,32 @@ def _larger(place: Place, gpus: int) -> Place:
     return replace(place, cluster=replace(place.cluster, gpus=gpus))
 
 
-def sample_lengths(program: Program) -> tuple[int, ...]:
+def affordable_points(explored: int) -> int:
+    """How many points a curve may have, so that a page takes seconds: fewer where each is searched for among many."""
+    return FEWER_POINTS if explored > MANY_PLANS else POINTS
+
+
+def sample_lengths(program: Program, points: int = POINTS) -> tuple[int, ...]:
     """The sample's length, halved and doubled: as long as what stands in it for images and audio has room."""
     sample = program.sample
     least = max(LEAST_TOKENS, sample.images * sample.tokens_per_image + sample.clips * sample.tokens_per_clip)
-    return _around(sample.seq_len, lambda value: value >= least)
+    return _around(sample.seq_len, points, lambda value: value >= least)
 
 
-def gpu_counts(cluster: Cluster) -> tuple[int, ...]:
+def gpu_counts(cluster: Cluster, points: int = POINTS) -> tuple[int, ...]:
     """The number of GPUs, halved and doubled, as parts of a node or whole nodes."""
     node = cluster.gpus_per_node
-    return _around(cluster.gpus, lambda value: node % value == 0 if value < node else value % node == 0)
+    return _around(cluster.gpus, points, lambda value: node % value == 0 if value < node else value % node == 0)
 
 
-def _around(now: int, allowed: Callable[[int], bool]) -> tuple[int, ...]:
-    """Up to POINTS values: at most half of them below `now`, by halving as far as that is whole and allowed."""
+def _around(now: int, points: int, allowed: Callable[[int], bool]) -> tuple[int, ...]:
+    """Up to `points` values: at most half of them below `now`, by halving as far as that is whole and allowed."""
     below: list[int] = []
     value = now
-    while len(below) < POINTS // 2 and value % 2 == 0 and allowed(value // 2):
+    while len(below) < points // 2 and value % 2 == 0 and allowed(value // 2):
         value //= 2
         below.insert(0, value)
-    above = [now * 2**power for power in range(1, POINTS - len(below))]
+    above = [now * 2**power for power in range(1, points - len(below))]
     return (*below, now, *(value for value in above if allowed(value)))
 
 
