@@ -78,14 +78,34 @@ class Outcome:
 
 
 @dataclass
+class Priced:
+    """What one evaluation shares among runs: predictions of equal runs, models of a program, cluster and hardware, and
+    (through the first of these) kernel times of a program and hardware."""
+
+    predictions: dict[tuple[object, ...], Prediction] = field(default_factory=dict)
+    _models: dict[tuple[object, ...], StepModel] = field(default_factory=dict)
+    _first: dict[tuple[object, ...], StepModel] = field(default_factory=dict)
+
+    def model(self, spec: RunSpec, program: Program, numbers: ProgramNumbers, hardware: Hardware) -> StepModel:
+        program_key = (spec.model.config, spec.seq_len, hardware)
+        key = (*program_key, spec.gpus, spec.gpus_per_node)
+        if key not in self._models:
+            whole = self._first.get(program_key)
+            self._models[key] = StepModel(program, _cluster(spec), hardware, whole)
+            if whole is None:
+                self._models[key].numbers = numbers
+                self._first[program_key] = self._models[key]
+        return self._models[key]
+
+
+@dataclass
 class Pricer:
     """What pricing needs of the specs, made once. progress: called with each model that is captured."""
 
     progress: Callable[[str], None] = lambda _: None
     _programs: dict[str, Program | OmniCompileError] = field(default_factory=dict)
     _sized: dict[tuple[str, int], tuple[Program, ProgramNumbers]] = field(default_factory=dict)
-    _plans: dict[str, Plan | OmniCompileError] = field(default_factory=dict)
-    _layouts: dict[str, dict[str, str]] = field(default_factory=dict)
+    _chosen: dict[str, tuple[Plan, dict[str, str]] | OmniCompileError] = field(default_factory=dict)
 
     def program(self, spec: RunSpec) -> tuple[Program, ProgramNumbers]:
         """The program of the spec's model at its sequence length. Raises OmniCompileError if it cannot be captured."""
@@ -107,27 +127,26 @@ class Pricer:
             raise found
         return found
 
-    def plan(self, spec: RunSpec, hardware: Hardware) -> tuple[Plan, dict[str, str]]:
-        """The plan of a spec. Of its alternatives the first that fits into the memory of `hardware`, chosen once."""
-        if spec.id not in self._plans:
-            self._plans[spec.id], self._layouts[spec.id] = self._choose(spec, hardware)
-        found = self._plans[spec.id]
+    def plan(self, spec: RunSpec) -> tuple[Plan, dict[str, str]]:
+        """The plan of a spec and its layout: of the alternatives the first that fits into the memory of the spec's own
+        hardware. Chosen once, so that other constants change prices and not layouts."""
+        if spec.id not in self._chosen:
+            try:
+                self._chosen[spec.id] = self._choose(spec)
+            except OmniCompileError as error:
+                self._chosen[spec.id] = error
+        found = self._chosen[spec.id]
         if isinstance(found, OmniCompileError):
             raise found
-        return found, self._layouts[spec.id]
+        return found
 
-    def _choose(self, spec: RunSpec, hardware: Hardware) -> tuple[Plan | OmniCompileError, dict[str, str]]:
-        layout = spec.layout.layout
-        plan: Plan | OmniCompileError | None = None
-        for change in spec.layout.alternatives or ({},):
+    def _choose(self, spec: RunSpec) -> tuple[Plan, dict[str, str]]:
+        changes = spec.layout.alternatives or ({},)
+        for change in changes:
             layout = spec.layout.layout | change
-            try:
-                plan = self._given(spec, layout)
-                if not spec.layout.alternatives or _fits(self.price(spec, plan, hardware, {})):
-                    break
-            except OmniCompileError as error:
-                plan = plan or error
-        assert plan is not None
+            plan = self._given(spec, layout)
+            if change is changes[-1] or _fits(self.price(spec, plan, layout, spec.hardware, Priced())):
+                break
         return plan, layout
 
     def _given(self, spec: RunSpec, layout: dict[str, str]) -> Plan:
@@ -135,34 +154,31 @@ class Pricer:
         workload = Workload(seq_len=spec.seq_len, global_batch=spec.global_batch)
         return given_plan(program, _cluster(spec), workload, layout, spec.id)
 
-    def price(
-        self, spec: RunSpec, plan: Plan, hardware: Hardware, models: dict[tuple[object, ...], StepModel]
-    ) -> Prediction:
-        """models: those of this evaluation, shared by runs of one program, cluster and hardware."""
+    def price(self, spec: RunSpec, plan: Plan, layout: dict[str, str], hardware: Hardware, done: Priced) -> Prediction:
+        """done: what this evaluation has priced already."""
         program, numbers = self.program(spec)
-        key = (spec.model.config, spec.seq_len, spec.gpus, spec.gpus_per_node, hardware)
-        if key not in models:
-            models[key] = StepModel(program, _cluster(spec), hardware)
-            models[key].numbers = numbers
-        prediction = simulate(program, plan, models[key]).prediction
-        assert prediction is not None
-        return prediction
+        work = (spec.model.config, spec.seq_len, spec.gpus, spec.gpus_per_node, spec.global_batch)
+        key = (*work, tuple(sorted(layout.items())), hardware)
+        if key not in done.predictions:
+            prediction = simulate(program, plan, done.model(spec, program, numbers, hardware)).prediction
+            assert prediction is not None
+            done.predictions[key] = prediction
+        return done.predictions[key]
 
 
 def evaluate(
     specs: Sequence[RunSpec], transform: Transform | None = None, pricer: Pricer | None = None
 ) -> list[Outcome]:
     """What the cost model says of each run. transform: changes a run's hardware before it is priced."""
-    pricer = pricer or Pricer()
-    models: dict[tuple[object, ...], StepModel] = {}
-    return [_outcome(spec, transform(spec, spec.hardware) if transform else spec.hardware, pricer, models)
-            for spec in specs]  # fmt: skip
+    pricer, done = pricer or Pricer(), Priced()
+    hardware = [transform(spec, spec.hardware) if transform else spec.hardware for spec in specs]
+    return [_outcome(spec, own, pricer, done) for spec, own in zip(specs, hardware)]
 
 
-def _outcome(spec: RunSpec, hardware: Hardware, pricer: Pricer, models: dict[tuple[object, ...], StepModel]) -> Outcome:
+def _outcome(spec: RunSpec, hardware: Hardware, pricer: Pricer, done: Priced) -> Outcome:
     try:
-        plan, layout = pricer.plan(spec, spec.hardware)
-        prediction = pricer.price(spec, plan, hardware, models)
+        plan, layout = pricer.plan(spec)
+        prediction = pricer.price(spec, plan, layout, hardware, done)
         return Outcome(spec, layout, prediction, pricer.program(spec)[0].param_count)
     except OmniCompileError as error:
         return Outcome(spec, spec.layout.layout, None, refused=str(error).splitlines()[0])
