@@ -105,7 +105,7 @@ def errors_by_source(points: Sequence[Point[M]], machine: M) -> list[Errors]:
     return [errors_of(source, found) for source, found in logs.items()]
 
 
-def number_text(value: float) -> str:
-    """Three digits, in a form that YAML reads as a float."""
-    text = f"{value:.3g}" if 1e-3 <= value < 1e4 or value == 0 else f"{value:.2e}"
+def number_text(value: float, digits: int = 3) -> str:
+    """So many digits, in a form that YAML reads as a float."""
+    text = f"{value:.{digits}g}" if 1e-3 <= value < 10.0**digits or value == 0 else f"{value:.{digits - 1}e}"
     return text if "." in text else text.replace("e", ".0e") if "e" in text else text + ".0"

@@ -58,6 +58,8 @@ class AttentionEfficiency:
     wave_overhead: waves of thread blocks lost in filling and draining the GPU.
     measured_elements: q_tokens * heads * head_dim of the largest kernels behind these constants; larger ones are not
     taken to fill the GPU any better.
+    causal_block: tokens of the blocks of keys that a causal mask skips as a whole: segments no longer than that take as
+    long as without a mask. 0 where causal_length says it.
     """
 
     forward_fraction: Mapping[int, float] = field(hash=False)
@@ -68,6 +70,7 @@ class AttentionEfficiency:
     causal_length: float
     wave_overhead: float
     measured_elements: float
+    causal_block: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,8 @@ class Hardware:
     kernel_launch_seconds: floor of every kernel. kernel_overhead_seconds: added to every kernel, where none is queued
     while another runs (a CPU).
     sustained_fraction: of the rates of short kernel benchmarks that GEMM and attention keep up through a training step.
-    attention: constants by implementation ("fa2", "fa3", ...); attention_kernel: the one assumed.
+    attention: constants by implementation ("fa2", "fa3", ...), of one dtype as "fa2.float32".
+    attention_kernel: the implementation assumed.
     contention_factor: relative slowdown of compute while a collective runs beside it (SMs and memory bandwidth shared).
     eager_traffic: bytes moved by element-wise work that is not compiled, relative to the fused kernels of Inductor.
     host_seconds: of the host to launch one operator from Python (a fused chain of element-wise ones counts as one).
@@ -156,6 +160,10 @@ class Hardware:
     def flash(self) -> AttentionEfficiency:
         """Constants of the attention implementation assumed."""
         return self.attention[self.attention_kernel]
+
+    def attention_at(self, dtype: str) -> AttentionEfficiency:
+        """The same, or those that the file has for this dtype, as "KERNEL.DTYPE"."""
+        return self.attention.get(f"{self.attention_kernel}.{self.dtype_key(dtype)}", self.flash)
 
     def with_attention_kernel(self, kernel: str) -> Hardware:
         """The same machine running another attention implementation; InputError if the file has none of that name."""

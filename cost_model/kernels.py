@@ -61,7 +61,7 @@ def attention_seconds(
     """
     if pairs <= 0 or heads <= 0 or q_tokens <= 0:
         return 0.0
-    constants = hw.flash
+    constants = hw.attention_at(dtype)
     if backward:
         flops = 2.0 * pairs * heads * (3.0 * head_dim + 2.0 * v_head_dim)
         fraction, half_length = constants.backward_fraction, constants.backward_length
@@ -71,7 +71,7 @@ def attention_seconds(
     length = pairs / q_tokens
     ramp = 1.0 + (half_length / length) ** constants.ramp_power
     if causal:
-        flops *= 0.5
+        flops *= 0.5 * (1.0 + min(1.0, constants.causal_block / length))
         ramp += constants.causal_length / length
     blocks = heads * max(1.0, min(q_tokens, constants.measured_elements / (heads * head_dim)) / _QUERY_BLOCK)
     rate = hw.peak(dtype) * hw.sustained_fraction * _interpolate(fraction, head_dim)
