@@ -10,9 +10,10 @@ What a row leaves open follows from its framework (`FRAMEWORKS`), which `source`
 - `fsdp` = 1: ZeRO stage of the notes; otherwise Megatron with a fused attention has its distributed optimizer
   (ZeRO-1), and everything else replicates.
 - A micro-batch that the notes call a local batch with pipeline stages is split into single samples.
-- recompute "selective": of one operator policy (torchtitan, Megatron's layernorm and activations) all that is cheap;
-  "selective layer" every other layer; "selective" alone (FSDP) the smallest share of whole layers that fits into
-  memory. Not stated: none, or the first of selective and full that fits, since the run did.
+- recompute "selective": of Megatron's layernorm and activations all that is cheap; of torchtitan's operator policy,
+  which runs every other product again, all products in half of the layers; "selective layer" every other layer;
+  "selective" alone (FSDP) the smallest share of whole layers that fits into memory. Not stated: none, or the first of
+  selective and full that fits, since the run did.
 - 8-bit floats are used by linear layers only. Inductor, Transformer Engine and Megatron's kernels fuse elementwise
   operators; other frameworks run them one by one unless the row says that it is compiled. What is not compiled is
   launched from Python. Losses make float32 copies of logits unless the framework or the row fuses them.
@@ -317,7 +318,9 @@ def _selective(draft: _Draft, text: str) -> None:
         draft.layout["recompute"] = "core_attention"
     elif "layer" in words:
         draft.layout |= {"recompute": "full", "recompute_share": "0.5"}
-    elif words & CHEAP or "torchtitan" in words or re.search(r"\((?:toml|torchtitan) default", text):
+    elif draft.framework.name == "torchtitan" and ("op" in words or re.search(r"\((?:toml|torchtitan) default", text)):
+        draft.layout |= {"recompute": "except_attention", "recompute_share": "0.5"}
+    elif words & CHEAP:
         draft.layout["recompute"] = "selective"
     elif not words:
         draft.layout |= {"recompute": "full", "recompute_share": SELECTIVE_SHARES[0]}

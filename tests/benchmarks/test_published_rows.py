@@ -44,7 +44,8 @@ LAYOUTS = {
     "FMS-001": "sharding=hsdp dp_shard=8 dp_replicate=16 micro_batch=2 accumulation=1 reduce_dtype=bfloat16 "
     "overlap_gradients=true "
     "fused_loss=false",
-    "AWS-002": "sharding=fsdp dp_shard=32 micro_batch=1 accumulation=1 recompute=selective reduce_dtype=float32 "
+    "AWS-002": "sharding=fsdp dp_shard=32 micro_batch=1 accumulation=1 recompute=except_attention recompute_share=0.5 "
+    "reduce_dtype=float32 "
     "gemm_dtype=float8 overlap_gradients=true "
     "fused_loss=false",
     "TITAN-033": "sharding=fsdp dp_shard=64 micro_batch=1 accumulation=1 recompute=full recompute_share=0.5 "
