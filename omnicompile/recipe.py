@@ -6,8 +6,6 @@ pins: choices that the planner keeps while it fills in the rest. Unknown keys ar
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -19,6 +17,7 @@ from omnicompile.cluster import Cluster
 from omnicompile.errors import InputError, RecipeError
 from omnicompile.plan import OURS, BlockPlan, LossHead, Mesh, Plan, Prediction, Stack
 from omnicompile.schema import Place, check_keys, decode, encode, field_types, mapping, suggestion
+from omnicompile.whole_file import write_whole
 from omnicompile.workload import Workload
 
 VERSION_KEY = "omnicompile_recipe"
@@ -41,20 +40,11 @@ COMMENTS = {
 
 
 def save_recipe(plan: Plan, path: str | Path) -> None:
-    """Write `plan` to `path`, whole or not at all (a temporary file beside it, then renamed)."""
-    target = Path(path)
+    """Write `plan` to `path`, whole or not at all."""
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(dumps(plan))
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, target)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        write_whole(path, dumps(plan))
     except OSError as error:
-        raise RecipeError(f"cannot write the recipe to {target}: {error.strerror}") from error
+        raise RecipeError(f"cannot write the recipe to {path}: {error.strerror}") from error
 
 
 def load_recipe(path: str | Path) -> Plan:

@@ -20,18 +20,15 @@ def check_target(path: str, option: str) -> None:
         raise InputError(f"{option} {path}: directory {Path(path).parent} is not writable")
 
 
-def write_whole(path: str, text: str, option: str) -> None:
-    """Write `text` to `path` by way of a temporary file beside it. Raises InputError if that cannot be done."""
+def write_whole(path: str | Path, text: str) -> None:
+    """Write `text` to `path` by way of a temporary file beside it. Raises OSError if that cannot be done."""
     target = Path(path)
+    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, target)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-    except OSError as error:
-        raise InputError(f"{option} {path}: cannot be written: {error.strerror}") from error
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, target)
+    except BaseException:
+        os.unlink(temporary)
+        raise

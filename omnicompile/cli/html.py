@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import date
 
 from omnicompile.cli.progress import Progress
+from omnicompile.errors import InputError
 from omnicompile.plan import Plan
 from omnicompile.program import Program
 from omnicompile.whole_file import check_target, write_whole
@@ -59,4 +60,7 @@ def write_html(args: argparse.Namespace, shown: Shown, progress: Progress) -> No
         made=f"Made on {date.today().isoformat()} with OmniCompile {version()}",
         searched=shown.searched,
     )
-    write_whole(args.html, page_html(page), "--html")
+    try:
+        write_whole(args.html, page_html(page))
+    except OSError as error:
+        raise InputError(f"--html {args.html}: cannot be written: {error.strerror}") from error

@@ -15,8 +15,11 @@ from omnicompile.report.html.ticks import nice_step, tick_text
 from omnicompile.report.units import GIB, digits, gib, percent, seconds_text
 
 WIDTH, HEIGHT = 480.0, 250.0
-LEFT, RIGHT, TOP, BOTTOM = 46.0, 16.0, 36.0, 46.0
-LIMIT_ROOM = 46.0
+RIGHT, TOP, BOTTOM = 16.0, 36.0, 46.0
+INSET = 26.0  # of the first and last point
+TEXT = 14.0
+"""The largest size of the style sheet: that of a phone."""
+LIMIT_WORDS = "capacity"
 AXIS_WORDS = {"seq_len": "tokens per sample", "gpus": "GPUs"}
 BEYOND = 1.35
 """Of a memory chart: times the capacity, the highest value that is drawn at its height."""
@@ -24,7 +27,7 @@ BEYOND = 1.35
 
 @dataclass(frozen=True)
 class Measure:
-    """What a chart shows of a prediction. limit: a line across (None: none). tall: the height of the chart."""
+    """What a chart shows of a prediction. limit: a line across (None: none)."""
 
     title: str
     unit: str
@@ -42,10 +45,9 @@ def memory_measure(capacity: float) -> Measure:
 
 def chart(key: str, curve: Curve, measure: Measure) -> Markup:
     """One measure over one axis: the planned points joined, the kept choices dashed behind them."""
-    places = _places(curve, _right(measure))
-    top = _top(curve, measure)
     planned, kept = curve.planned or curve.kept, curve.kept if curve.planned else ()
-    frame = _Frame(places, top, measure)
+    values = sorted({point.value for point in (*curve.planned, *curve.kept)})
+    frame = _Frame(tuple(values), _top(curve, measure), measure)
     body: list[str] = [*_grid(frame), *_axis(frame, curve)]
     if measure.limit is not None:
         body += _limit(frame, measure)
@@ -90,14 +92,32 @@ def point_rows(curve: Curve) -> list[tuple[str, ...]]:
 class _Frame:
     """Where values stand in the drawing."""
 
-    places: dict[int, float]
+    values: tuple[int, ...]
     top: float
     measure: Measure
 
     @property
+    def left(self) -> float:
+        """Where the lines begin: beside the widest tick."""
+        return 14 + max(svg.text_width(words, TEXT) for _, words in self.ticks())
+
+    @property
     def right(self) -> float:
-        """Where the lines end."""
-        return _right(self.measure)
+        """Where the lines end: before the words of a limit."""
+        room = svg.text_width(LIMIT_WORDS, TEXT) if self.measure.limit is not None else 0.0
+        return WIDTH - RIGHT - room
+
+    def ticks(self) -> list[tuple[float, str]]:
+        step = nice_step(self.top / 5)
+        scale, unit = (1e3, " K") if self.top >= 1e5 else (1.0, "")
+        values = [number * step for number in range(int(self.top / step) + 1)]
+        return [(value, f"{tick_text(value / scale, step / scale)}{unit}" if value else "0") for value in values]
+
+    def x(self, value: int) -> float:
+        if len(self.values) == 1:
+            return (self.left + self.right) / 2
+        step = (self.right - self.left - 2 * INSET) / (len(self.values) - 1)
+        return self.left + INSET + self.values.index(value) * step
 
     def y(self, value: float) -> float:
         return HEIGHT - BOTTOM - min(value / self.top, 1.0) * (HEIGHT - TOP - BOTTOM)
@@ -115,19 +135,6 @@ class _Frame:
         return self.measure.of(point.plan.prediction)
 
 
-def _right(measure: Measure) -> float:
-    return WIDTH - RIGHT - (LIMIT_ROOM if measure.limit is not None else 0.0)
-
-
-def _places(curve: Curve, right: float) -> dict[int, float]:
-    values = sorted({point.value for point in (*curve.planned, *curve.kept)})
-    if len(values) == 1:
-        return {values[0]: (LEFT + right) / 2}
-    inset = 24.0
-    step = (right - LEFT - 2 * inset) / (len(values) - 1)
-    return {value: LEFT + inset + number * step for number, value in enumerate(values)}
-
-
 def _top(curve: Curve, measure: Measure) -> float:
     """The value at the upper edge: above all that is drawn, or not far above a limit."""
     priced = [
@@ -141,21 +148,20 @@ def _top(curve: Curve, measure: Measure) -> float:
 
 
 def _grid(frame: _Frame) -> list[Markup]:
-    step = nice_step(frame.top / 5)
     body = []
-    for number in range(int(frame.top / step) + 1):
-        y = frame.y(number * step)
-        body.append(svg.line(LEFT, y, frame.right, y, class_="grid" if number else "base"))
-        body.append(svg.text(LEFT - 7, y + 4, tick_text(number * step, step), class_="tick", text_anchor="end"))
+    for value, words in frame.ticks():
+        y = frame.y(value)
+        body.append(svg.line(frame.left, y, frame.right, y, class_="grid" if value else "base"))
+        body.append(svg.text(frame.left - 7, y + 4, words, class_="tick", text_anchor="end"))
     return body
 
 
 def _axis(frame: _Frame, curve: Curve) -> list[Markup]:
     body = []
-    for value, x in frame.places.items():
+    for value in frame.values:
         style = "tick now" if value == curve.now else "tick"
-        body.append(svg.text(x, HEIGHT - BOTTOM + 18, f"{value:,}", class_=style, text_anchor="middle"))
-    middle = (LEFT + frame.right) / 2
+        body.append(svg.text(frame.x(value), HEIGHT - BOTTOM + 18, f"{value:,}", class_=style, text_anchor="middle"))
+    middle = (frame.left + frame.right) / 2
     body.append(svg.text(middle, HEIGHT - 7, AXIS_WORDS[curve.axis], class_="axis", text_anchor="middle"))
     body.append(svg.text(0, 13, f"{frame.measure.title}, {frame.measure.unit}", class_="chart-title"))
     return body
@@ -164,9 +170,9 @@ def _axis(frame: _Frame, curve: Curve) -> list[Markup]:
 def _limit(frame: _Frame, measure: Measure) -> list[Markup]:
     assert measure.limit is not None
     y = frame.y(measure.limit)
-    words = svg.text(frame.right + 6, y - 1, "capacity", class_="limit-words")
+    words = svg.text(frame.right + 6, y - 1, LIMIT_WORDS, class_="limit-words")
     value = svg.text(frame.right + 6, y + 13, measure.words(measure.limit), class_="limit-words")
-    return [svg.line(LEFT, y, frame.right, y, class_="limit"), words, value]
+    return [svg.line(frame.left, y, frame.right, y, class_="limit"), words, value]
 
 
 def _trail(frame: _Frame, points: Sequence[Point], style: str) -> list[Markup]:
@@ -176,14 +182,14 @@ def _trail(frame: _Frame, points: Sequence[Point], style: str) -> list[Markup]:
         if not frame.has(point) or (style == "planned" and not point.fits):
             parts.append([])
         else:
-            parts[-1].append(f"{svg.number(frame.places[point.value])} {svg.number(frame.height(point))}")
+            parts[-1].append(f"{svg.number(frame.x(point.value))} {svg.number(frame.height(point))}")
     lines = [svg.tag("path", d="M" + "L".join(part), class_=f"trail {style}") for part in parts if len(part) > 1]
     beyond = [point for point in points if style == "kept" and frame.has(point) and not point.fits]
     return [*lines, *(_cross(frame, point, "cross kept") for point in beyond)]
 
 
 def _cross(frame: _Frame, point: Point, style: str) -> Markup:
-    x, y = frame.places[point.value], frame.height(point)
+    x, y = frame.x(point.value), frame.height(point)
     told = svg.tag("title", _told(point, frame.measure))
     path = f"M{svg.number(x - 5)} {svg.number(y - 5)}l10 10m0 -10l-10 10"
     return svg.tag("path", told, d=path, class_=style)
@@ -196,7 +202,7 @@ def _is_above(frame: _Frame, kept: Point, planned: Sequence[Point]) -> bool:
 
 
 def _mark(frame: _Frame, point: Point, now: int, below: bool) -> Markup:
-    x, y, value = frame.places[point.value], frame.height(point), frame.value(point)
+    x, y, value = frame.x(point.value), frame.height(point), frame.value(point)
     if point.fits and value is not None:
         style = "point now" if point.value == now else "point"
         told = svg.tag("title", _told(point, frame.measure))
