@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from omnicompile.cost_model.hardware import Hardware
 from omnicompile.cost_model.step_layout import Groups
-from omnicompile.cost_model.step_units import StepOptions, owned_params
+from omnicompile.cost_model.step_units import StepOptions, local_params, owned_params
 from omnicompile.program import Program, Segment
 
 if TYPE_CHECKING:
@@ -52,13 +52,17 @@ def static_memory(
     options: StepOptions,
     trained: bool,
     offload_optimizer: bool,
+    whole_gradients: bool = False,
 ) -> StaticMemory:
-    """State of a block's parameters, those shared with another segment counted once."""
+    """State of a block's parameters, those shared with another segment counted once. whole_gradients: those of sharded
+    parameters are summed over micro-steps before they are reduced."""
     dense, expert = owned_params(segments, groups)
     local = dense + expert
     if not trained:
         return StaticMemory(local * options.param_bytes, 0.0, 0.0, 0.0)
     gradients = local * options.reduce_bytes
+    if whole_gradients:
+        gradients = sum(sum(local_params(s, groups)) * s.count for s in segments) * options.reduce_bytes
     if offload_optimizer:
         return StaticMemory(local * options.param_bytes, gradients, 0.0, local)
     dense_share, expert_share = groups.optimizer_share

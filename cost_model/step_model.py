@@ -17,6 +17,7 @@ from omnicompile.cost_model.step_units import (
     UnitWeights,
     UnitWork,
     edge_pieces,
+    keeps_whole,
     op_seconds,
     replica_sums,
     unit_weights,
@@ -69,6 +70,7 @@ def step_options(plan: Plan) -> StepOptions:
         param_bytes=DTYPE_BYTES[plan.param_dtype],
         reduce_bytes=DTYPE_BYTES[plan.reduce_dtype],
         stack=plan.stack,
+        pipelined=plan.mesh.pp > 1,
     )
 
 
@@ -156,7 +158,7 @@ class StepModel:
         key = (
             name, plan.reshard, groups.experts, groups.shard, groups.replica, groups.expert_shard,
             groups.expert_replica, groups.tensor, groups.zero1, options.param_bytes, options.reduce_bytes,
-            offload_optimizer, frozen, options.stack,
+            offload_optimizer, frozen, options.stack, options.pipelined,
         )  # fmt: skip
         if key not in self._weights:
             self._weights[key] = self._block_weights(name, plan, groups, options, offload_optimizer, frozen)
@@ -210,7 +212,8 @@ class StepModel:
     ) -> BlockWeights:
         segments = self._segments[name]
         units = self._unit_weights(name, plan, groups, options, frozen)
-        static = static_memory(segments, groups, options, name not in frozen, offload_optimizer)
+        whole = keeps_whole(plan, options)
+        static = static_memory(segments, groups, options, name not in frozen, offload_optimizer, whole)
         if not static.trained_numel:
             return BlockWeights(units, (), 0.0, 0.0, static)
         prices = self.prices(options.stack)
@@ -225,7 +228,16 @@ class StepModel:
         self, name: str, plan: BlockPlan, groups: Groups, options: StepOptions, frozen: frozenset[str]
     ) -> dict[str, UnitWeights]:
         """By segment; the same object for equal arguments, wherever the optimizer is."""
-        key = (name, plan.reshard, groups, options.param_bytes, options.reduce_bytes, options.stack, frozen)
+        key = (
+            name,
+            plan.reshard,
+            groups,
+            options.param_bytes,
+            options.reduce_bytes,
+            options.stack,
+            options.pipelined,
+            frozen,
+        )
         if key not in self._weight_units:
             gradients = self.gradients(frozen)
             self._weight_units[key] = {

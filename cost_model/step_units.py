@@ -29,13 +29,15 @@ SCORE_BYTES = 5
 
 @dataclass(frozen=True)
 class StepOptions:
-    """Choices that concern the whole step. Byte sizes of one parameter in compute and of one reduced gradient."""
+    """Choices that concern the whole step. Byte sizes of one parameter in compute and of one reduced gradient.
+    pipelined: the model is cut into stages, whose parameters that are not resharded stay whole through the step."""
 
     micro_batch: int
     loss_head: LossHead
     param_bytes: int = 2
     reduce_bytes: int = 4
     stack: Stack = OURS
+    pipelined: bool = False
 
     @property
     def master_bytes(self) -> int:
@@ -214,6 +216,10 @@ def _kept(
     by_policy = numbers.saved if gradient.weight else numbers.saved_frozen
     saved = _local_bytes(by_policy[policy], numbers, split)
     everything = _local_bytes(by_policy[Recompute.NONE], numbers, split)
+    if stack.fused_kernels:
+        fused = by_policy[Recompute.SELECTIVE] + _product_inputs(numbers, 1 if stack.gemm_dtype == "float8" else 2)
+        everything = min(everything, _local_bytes(fused, numbers, split))
+        saved = everything if policy is Recompute.NONE else min(saved, everything)
     if scores := _score_bytes(numbers, split, stack):
         everything += scores
         if policy in (Recompute.NONE, Recompute.SELECTIVE) and not stack.recompute_attention:
@@ -221,6 +227,26 @@ def _kept(
     if policy is not Recompute.NONE:
         saved = stack.recompute_share * saved + (1 - stack.recompute_share) * everything
     return saved, max(0.0, everything - saved)
+
+
+def _product_inputs(numbers: SegmentNumbers, width: int) -> float:
+    """Bytes of the inputs of matrix products that element-wise work makes, `width` an element: one for products that
+    read the same, none where attention or the dispatch to experts made them (`selective` keeps those)."""
+    total, seen, previous = 0.0, set[float](), None
+    roles = tensor_parallel.roles(numbers)
+    for op, role in zip(numbers.ops, roles):
+        if op.op.phase is not Phase.FORWARD:
+            continue
+        if op.op.kind is OpKind.GEMM:
+            if op.k not in seen and previous is not OpKind.ATTENTION:
+                total += op.m * op.k * width
+            seen = set() if role.cut is tensor_parallel.Cut.ROW else seen | {op.k}
+        elif op.op.experts is not None:
+            shape, first = op.op.experts, -1.0 not in seen
+            total += 0.0 if first else op.tokens * shape.top_k * shape.intermediate * width
+            seen = seen | {-1.0}
+        previous = op.op.kind
+    return total
 
 
 def _local_bytes(nbytes: float, numbers: SegmentNumbers, split: Split) -> float:
@@ -247,10 +273,15 @@ def unit_weights(
 ) -> UnitWeights:
     local = sum(local_params(segment, groups))
     beside = options.stack.overlap_gradients and gradient.weight
+    gather, reduce = _gather(segment, groups, options, prices), _reductions(segment, gradient, groups, options, prices)
+    once = _sums([segment], groups, options, prices, 1) if beside else ()
+    refresh = _refreshes([segment], groups, options, prices, 1) if beside else ()
+    if keeps_whole(plan, options):
+        gather, refresh, reduce, once = (), (*gather, *refresh), (), (*reduce, *once)
     return UnitWeights(
-        gather=_gather(segment, groups, options, prices),
+        gather=gather,
         regather=plan.reshard and gradient.any,
-        reduce=_reductions(segment, gradient, groups, options, prices),
+        reduce=reduce,
         cast=_casts(segment, groups, options.master_bytes, options.param_bytes, True, prices),
         gradient_cast=_casts(segment, groups, options.param_bytes, options.reduce_bytes, False, prices)
         if gradient.weight
@@ -258,9 +289,14 @@ def unit_weights(
         gathered=0.0 if groups.resident else local * options.param_bytes,
         gradient=local * options.param_bytes if gradient.weight else 0.0,
         reducing=local * options.reduce_bytes if gradient.weight and not groups.resident else 0.0,
-        once=_sums([segment], groups, options, prices, 1) if beside else (),
-        refresh=_refreshes([segment], groups, options, prices, 1) if beside else (),
+        once=once,
+        refresh=refresh,
     )
+
+
+def keeps_whole(plan: BlockPlan, options: StepOptions) -> bool:
+    """Whether sharded parameters are gathered once a step, and their whole gradients summed over its micro-steps."""
+    return options.pipelined and not plan.reshard
 
 
 def segment_policy(segment: Segment, policy: Recompute) -> Recompute:

@@ -90,6 +90,8 @@ class Stack:
     expert. overlap_gradients: sums over replicas (and ZeRO-1's parameter gathers) run beside the backward (forward).
     dedup_dispatch: a token goes to each node and rank of its experts once (DeepEP), not once per expert. fused_loss: of a
     whole loss head, only logits and their gradient exist, in 16 bit; otherwise float32 copies of both besides.
+    fused_kernels: norms, activations and rotary embeddings are kernels that keep no more than their input and the input
+    of the product after them (Transformer Engine, Liger); otherwise every tensor that the backward reads is kept.
     host_bound: operators are launched one by one from Python, so that a layer takes at least the host's time for them.
     recompute_attention: attention runs again in the backward. recompute_share: share of a block's layers that its
     recompute policy is for. master_dtype: of master weights; moment_dtype: of each of AdamW's two moments.
@@ -105,6 +107,7 @@ class Stack:
     overlap_gradients: bool = False
     dedup_dispatch: bool = False
     fused_loss: bool = True
+    fused_kernels: bool = False
     host_bound: bool = False
     recompute_attention: bool = False
     recompute_share: float = 1.0
