@@ -114,7 +114,7 @@ def _power(card: Card, row: Row) -> float:
 
 def stated_network(row: Row) -> float | None:
     """Bytes/s between nodes for each GPU of a node, in one direction, as the row states it."""
-    per_node = row.whole("gpus_per_node") or 8
+    per_node = row.number("gpus_per_node") or 8
     text = f"{row['gpu']}; {row['notes']}"
     if found := re.search(r"(\d+)\s*Gb/s RDMA per GPU", text):
         return float(found.group(1)) * GIGABIT

@@ -198,9 +198,11 @@ def _row_data(outcome: Outcome) -> dict[str, Any]:
     if prediction is not None:
         found |= {
             "predicted_seconds": prediction.step_seconds, "ratio": outcome.ratio, "predicted_memory": outcome.memory,
-            "memory_ratio": outcome.memory_ratio, "time": prediction.time, "memory": prediction.memory,
+            "memory_ratio": outcome.memory_ratio, "likely_cause": likely_cause(outcome),
+            "time": {kind: seconds for kind, seconds in prediction.time.items() if seconds},
+            "memory": {kind: nbytes for kind, nbytes in prediction.memory.items() if nbytes},
         }  # fmt: skip
-    return found
+    return {key: value for key, value in found.items() if value not in (None, "", [])}
 
 
 def explain(outcome: Outcome) -> str:

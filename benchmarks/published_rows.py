@@ -51,19 +51,17 @@ class Row:
         return float(self.text[column]) if self.text[column] else None
 
     def whole(self, column: str) -> int | None:
-        """The column as a whole number. Raises SkipRow if it has a fraction."""
+        """The column as a whole number of at least 1, None if not stated. Raises SkipRow for another number."""
         value = self.number(column)
-        if value is not None and value != int(value):
-            raise SkipRow(f"{column} is not a whole number")
+        if value is not None and (value != int(value) or value < 1):
+            raise SkipRow(f"{column} is no whole number of at least 1")
         return None if value is None else int(value)
 
     def needed(self, column: str) -> int:
-        """The column as a whole number of at least 1. Raises SkipRow where it is not stated."""
+        """The same, and SkipRow where it is not stated."""
         value = self.whole(column)
         if value is None:
             raise SkipRow(f"{column} not stated")
-        if value < 1:
-            raise SkipRow(f"{column} is below 1")
         return value
 
     def notes_match(self, pattern: str, flags: int = re.IGNORECASE) -> re.Match[str] | None:

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from published_models import POSITIONS, Model
 from published_specs import RunSpec
@@ -27,12 +28,15 @@ from omnicompile.cluster import Cluster
 from omnicompile.cost_model.hardware import Hardware
 from omnicompile.cost_model.step_model import StepModel
 from omnicompile.cost_model.step_numbers import ProgramNumbers
-from omnicompile.errors import OmniCompileError
+from omnicompile.errors import InputError, OmniCompileError
 from omnicompile.plan import Plan, Prediction
 from omnicompile.planner.given import given_plan
 from omnicompile.planner.predict import simulate
 from omnicompile.program import Program, Segment
 from omnicompile.workload import Workload
+
+if TYPE_CHECKING:
+    import torch
 
 Transform = Callable[[RunSpec, Hardware], Hardware]
 OVERHEAD = ("context", "allocator slack")
@@ -198,9 +202,14 @@ def _source(model: Model) -> ModelSource:
     """A source for the capture cache: the same configuration is captured once, whatever the row calls it."""
     content = model.config.encode()
     name = f"published-{hashlib.sha256(content).hexdigest()[:12]}"
-    return ModelSource(
-        name, name, lambda: config_source.build(model.data, Path(name)), digest("config", "", {"config.json": content})
-    )
+    return ModelSource(name, name, lambda: _built(model, name), digest("config", "", {"config.json": content}))
+
+
+def _built(model: Model, name: str) -> torch.nn.Module:
+    try:
+        return config_source.build(model.data, Path(name))
+    except ValueError as error:  # sizes that do not go together
+        raise InputError(f"{model.name} cannot be built: {' '.join(str(error).split())}") from error
 
 
 def with_seq_len(program: Program, spec: RunSpec) -> Program:

@@ -83,7 +83,7 @@ def spec_of(row: Row, network: float | None = None) -> RunSpec:
     hardware, gpu = machine_of(row, network)
     layout = layout_of(row, bool(model.size("experts")), hardware)
     gpus, seq_len = layout.gpus, row.needed("seq_len")
-    per_node = row.needed("gpus_per_node")
+    per_node = row.whole("gpus_per_node") or 8
     if gpus > per_node and gpus % per_node:
         raise SkipRow("the GPUs are not whole nodes")
     samples = layout.micro_batch * layout.accumulation * layout.data_ranks
