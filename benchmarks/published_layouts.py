@@ -16,7 +16,8 @@ What a row leaves open follows from its framework (`FRAMEWORKS`), which `source`
   selective and full that fits, since the run did.
 - 8-bit floats are used by linear layers only. Inductor, Transformer Engine and Megatron's kernels fuse elementwise
   operators; other frameworks run them one by one unless the row says that it is compiled. What is not compiled is
-  launched from Python. Losses make float32 copies of logits unless the framework or the row fuses them.
+  launched from Python. Transformer Engine and Liger keep only the inputs of norms and activations. Losses make
+  float32 copies of logits unless the framework or the row fuses them.
 - Experts across nodes are reached through all-to-alls of every copy of a token, but through DeepEP where the row says
   so and in NVIDIA's recipes of 2025 and later (Megatron-Bridge, AutoModel).
 - "flash-attn" without a version is FlashAttention-1 for publishers of 2023 (`flash`), otherwise FlashAttention-2.
@@ -46,7 +47,8 @@ class Framework:
     reduced. tp_sequence: its tensor parallelism splits the rest of a layer along the sequence. tp_overlap: its
     published recipes overlap the collectives of tensor parallelism. flash: its "flash-attn" without a version.
     recompute: on unless stated ("": not known). overlap: gradients are reduced beside the backward. loss_head: its
-    own; fused_loss: its loss makes no float32 copies of logits. dedup: its experts are reached through DeepEP."""
+    own; fused_loss: its loss makes no float32 copies of logits. dedup: its experts are reached through DeepEP. kernels:
+    its norms and activations are kernels that keep only their input (Transformer Engine, Liger)."""
 
     name: str
     pattern: str
@@ -62,16 +64,18 @@ class Framework:
     loss_head: str = "full"
     fused_loss: bool = False
     dedup: bool = False
+    kernels: bool = False
 
 
 FRAMEWORKS = (
-    Framework("automodel", r"automodel", fused=True, dedup=True),
+    Framework("automodel", r"automodel", fused=True, dedup=True, kernels=True),
     Framework("megatron-bridge", r"megatron-bridge", zero=1, fused=True, reduce="bfloat16", tp_overlap=True,
-              fused_loss=True, dedup=True),
+              fused_loss=True, dedup=True, kernels=True),
     Framework("nvidia-recipe", r"dgxc|megatron-lm examples", zero=1, fused=True, reduce="bfloat16", tp_overlap=True,
-              fused_loss=True),
+              fused_loss=True, kernels=True),
     Framework("paxml", r"pax(ml)?\b|jax", fused=True, reduce="bfloat16", recompute="full", fused_loss=True),
-    Framework("megatron", r"megatron|nemo\b|vtrain|simumax|bigscience|korthikanti", zero=1, fused=True),
+    Framework("megatron", r"megatron|nemo\b|vtrain|simumax|bigscience|korthikanti", zero=1, fused=True,
+              kernels=True),
     Framework("torchtitan", r"torchtitan"),
     Framework("fms", r"fms-fsdp", reduce="bfloat16"),
     Framework("composer", r"llm-foundry|mosaicml|composer", flash="fa1", fused_loss=True),
@@ -79,7 +83,8 @@ FRAMEWORKS = (
     Framework("internevo", r"internevo|internlm train", ulysses=True, reduce="bfloat16", tp_sequence=False,
               flash="fa1", overlap=False, fused_loss=True),
     Framework("deepspeed", r"xtuner|deepspeed|swift", ulysses=True, reduce="bfloat16", recompute="full"),
-    Framework("veomni", r"veomni", ulysses=True, recompute="full", loss_head="chunked"),
+    Framework("veomni", r"veomni", ulysses=True, recompute="full", loss_head="chunked",
+              kernels=True),
 )  # fmt: skip
 OTHER = Framework("other", "")
 
@@ -347,6 +352,8 @@ def _numbers(draft: _Draft) -> None:
         layout["host_bound"] = str(not row.mentions(r"CUDA graphs? (full|attn)")).lower()
         if not draft.framework.fused:
             layout["compiled"] = "false"
+    if draft.framework.kernels and is_modern(row):
+        layout["fused_kernels"] = "true"
     layout["fused_loss"] = str(draft.framework.fused_loss or row.mentions(r"\bCE fusion|fused cross")).lower()
     if row.mentions(r"chunked loss") or draft.framework.loss_head == "chunked":
         layout["loss_head"] = "chunked"

@@ -63,7 +63,8 @@ LAYOUTS = {
     # Megatron of today and of 2022.
     "DGXC-017": "tp=4 pp=8 pipeline_chunks=5 sharding=zero1 dp_shard=2 micro_batch=1 accumulation=64 "
     "reduce_dtype=bfloat16 gemm_dtype=float8 tp_sequence=true tp_overlap=true overlap_gradients=true "
-    "host_bound=true fused_loss=true",
+    "host_bound=true fused_loss=true "
+    "fused_kernels=true",
     "KORT-004": "tp=8 pp=8 pipeline_chunks=3 sharding=replicate dp_shard=1 micro_batch=1 accumulation=64 "
     "recompute=core_attention reduce_dtype=float16 attention_kernel=unfused tp_sequence=true tp_overlap=false "
     "overlap_gradients=false "
@@ -79,10 +80,12 @@ LAYOUTS = {
     "host_bound=true fused_loss=false",
     "XTQ-004": "ep=32 tp=2 pp=8 pipeline_chunks=4 dedup_dispatch=true sharding=zero1 dp_shard=16 micro_batch=1 "
     "accumulation=128 recompute=selective reduce_dtype=float32 tp_sequence=true tp_overlap=false "
-    "overlap_gradients=true host_bound=true fused_loss=false",
+    "overlap_gradients=true host_bound=true fused_loss=false "
+    "fused_kernels=true",
     "XTQ-005": "ep=8 tp=2 pp=8 pipeline_chunks=1 sharding=zero1 dp_shard=16 micro_batch=1 accumulation=128 "
     "recompute=selective reduce_dtype=float32 tp_sequence=true tp_overlap=false overlap_gradients=false "
-    "host_bound=true fused_loss=false",
+    "host_bound=true fused_loss=false "
+    "fused_kernels=true",
     # ZeRO-1 within groups; ZeRO-0.
     "IEVO-025": "tp=2 sharding=zero1 dp_shard=4 micro_batch=4 accumulation=4 reduce_dtype=bfloat16 "
     "attention_kernel=fa1 compiled=false tp_sequence=false tp_overlap=false overlap_gradients=false "
