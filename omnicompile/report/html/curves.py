@@ -53,6 +53,7 @@ def chart(key: str, curve: Curve, measure: Measure) -> Markup:
         body += _limit(frame, measure)
     body += _trail(frame, kept, "kept") + _trail(frame, planned, "planned")
     crowded = {point.value for point in kept if frame.has(point) and _is_above(frame, point, planned)}
+    crowded |= {point.value for point in planned if frame.limit_above(point)}
     body += [_mark(frame, point, curve.now, point.value in crowded) for point in planned]
     title = f"{measure.title} over {AXIS_WORDS[curve.axis]}"
     said = "; ".join(f"{point.value:,}: {point_words(point, measure)}" for point in planned)
@@ -128,6 +129,11 @@ class _Frame:
 
     def height(self, point: Point) -> float:
         return self.y(self.value(point) or 0.0) if self.has(point) else HEIGHT - BOTTOM - 12
+
+    def limit_above(self, point: Point) -> bool:
+        """Whether the line of the limit would run through the words above the point."""
+        limit = self.measure.limit
+        return limit is not None and 5 < self.height(point) - self.y(limit) < 26
 
     def value(self, point: Point) -> float | None:
         if point.plan is None or point.plan.prediction is None:
