@@ -10,6 +10,7 @@ import pytest
 
 from omnicompile.cost_model.schedule import STREAMS
 from omnicompile.picture import Flow, Picture, StepTask
+from omnicompile.program import Edge
 from omnicompile.report.html import diagram, kinds, svg, timeline
 from omnicompile.report.html.bars import Bar, Part, bars
 from omnicompile.report.html.page import Page
@@ -31,6 +32,7 @@ def test_text_is_cut_to_a_width() -> None:
     cut = svg.fit("a_block_with_a_very_long_name", 80, 12)
     assert cut.endswith("…") and svg.text_width(cut, 12) <= 80
     assert svg.fit("wide", 1, 12) == "…"
+    assert svg.first_fit(("much too long to stand here", "short"), 60, 12) == "short"
 
 
 @pytest.mark.parametrize(("rough", "step"), [(0.9, 1.0), (1.0, 1.0), (1.1, 2.0), (3.0, 5.0), (7e-4, 1e-3), (600, 1000)])
@@ -94,6 +96,19 @@ def test_an_encoder_stands_beside_what_reads_it(page: Page) -> None:
     boxes = [node for node in root.iter(f"{SVG}rect") if node.get("class") == "card"]
     left, right = (float(box.get("x", "0")) for box in boxes)
     assert left < right and diagram.is_wide(page.program)
+
+
+def test_blocks_stand_one_below_the_other_where_a_flow_would_cross_a_card(page: Page) -> None:
+    blocks = [replace(page.program.blocks[0], name=name) for name in "vtd"]
+    for pairs, wide in (("vt td", True), ("vt td vd", False), ("vt tv", False), ("", True)):
+        edges = tuple(Edge(pair[0], pair[1], page.program.edges[0].nbytes) for pair in pairs.split())
+        assert diagram.is_wide(replace(page.program, blocks=tuple(blocks), edges=edges)) is wide
+    four = tuple(replace(blocks[0], name=name) for name in "abcd")
+    assert not diagram.is_wide(
+        replace(
+            page.program, blocks=four, edges=tuple(Edge(*p, page.program.edges[0].nbytes) for p in ("ab", "bc", "cd"))
+        )
+    )
 
 
 def test_a_timeline_shows_every_second_of_every_stream(page: Page) -> None:

@@ -82,8 +82,11 @@ def block_facts(plan: Plan, name: str) -> dict[str, str]:
 
 
 def is_wide(program: Program) -> bool:
-    """Whether the blocks have room side by side."""
-    return len(_columns([block.name for block in program.blocks], _edges(program))) <= MOST_COLUMNS
+    """Whether the blocks have room side by side, and all that flows goes to the next column."""
+    edges = _edges(program)
+    columns = _columns([block.name for block in program.blocks], edges)
+    at = {name: number for number, column in enumerate(columns) for name in column}
+    return len(columns) <= MOST_COLUMNS and all(at[target] - at[source] == 1 for source, target in edges)
 
 
 def wide_diagram(program: Program, found: Sequence[Card], flows: Sequence[Flow]) -> Markup:
@@ -184,31 +187,32 @@ def _card(item: _Placed) -> Markup:
 def _transfer(transfer: Transfer, longest: float, x: float, y: float, width: float) -> Markup:
     kind = kinds.words(transfer.kind)
     label = kind if transfer.purpose in ("", transfer.kind) else f"{kind} · {transfer.purpose}"
+    seen, place = transfer_words(transfer)
+    words = f"{seen}, {place}"
     hidden, exposed = (width * part / longest if longest else 0.0 for part in (transfer.hidden, transfer.exposed))
     exposed = max(exposed, 2.0) if transfer.exposed else 0.0
     hidden = min(hidden, width - exposed)
     style = kinds.work_class(transfer.kind)
-    words = transfer_words(transfer)
     return svg.group(
         svg.tag("title", f"{label}, {transfer.count:,} per step: {words}"),
-        svg.text(x, y, svg.fit(label, width - 70, NORMAL), class_="normal"),
+        svg.text(x, y, svg.first_fit((label, kind), width - 70, NORMAL), class_="normal"),
         svg.text(x + width, y, seconds_text(transfer.seconds), class_="normal figure", text_anchor="end"),
         svg.rect(x, y + 6, width, 6, rx=1, class_="track"),
         svg.rect(x, y + 6, hidden, 6, class_=f"hidden {style}"),
         svg.rect(x + hidden, y + 6, exposed, 6, class_="exposed"),
-        svg.text(x, y + 26, svg.fit(words, width, SMALL), class_="small muted"),
+        svg.text(x, y + 26, svg.first_fit((words, seen), width, SMALL), class_="small muted"),
     )
 
 
-def transfer_words(transfer: Transfer) -> str:
-    """890 ms hidden, 12.2 ms exposed, between nodes."""
+def transfer_words(transfer: Transfer) -> tuple[str, str]:
+    """("890 ms hidden, 12.2 ms exposed", "between nodes")."""
     if not transfer.exposed:
         seen = "all hidden"
     elif not transfer.hidden:
         seen = "all exposed"
     else:
         seen = f"{seconds_text(transfer.hidden)} hidden, {seconds_text(transfer.exposed)} exposed"
-    return f"{seen}, {kinds.STREAM_WORDS.get(transfer.stream, transfer.stream)}"
+    return seen, kinds.STREAM_WORDS.get(transfer.stream, transfer.stream)
 
 
 def _flow_words(flow: Flow) -> str:

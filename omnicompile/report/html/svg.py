@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from markupsafe import Markup, escape
 
@@ -81,6 +81,11 @@ def fit(words: str, width: float, size: float) -> str:
     while words and text_width(words + "…", size) > width:
         words = words[:-1]
     return words.rstrip() + "…"
+
+
+def first_fit(options: Sequence[str], width: float, size: float) -> str:
+    """The first of `options` that fits, otherwise the last, cut."""
+    return next((words for words in options if text_width(words, size) <= width), fit(options[-1], width, size))
 
 
 def _name(key: str) -> str:
