@@ -48,7 +48,10 @@ class Framework:
     published recipes overlap the collectives of tensor parallelism. flash: its "flash-attn" without a version.
     recompute: on unless stated ("": not known). overlap: gradients are reduced beside the backward. loss_head: its
     own; fused_loss: its loss makes no float32 copies of logits. dedup: its experts are reached through DeepEP. kernels:
-    its norms and activations are kernels that keep only their input (Transformer Engine, Liger)."""
+    its norms and activations are kernels that keep only their input (Transformer Engine, Liger). whole: a layer that
+    is recomputed runs to its end (reentrant checkpoints), also where nothing reads its last product. Sums of input
+    gradients run beside weight gradients since Megatron-LM of 2022, taken to be where attention is fused.
+    broadcasts: its ZeRO-1 gives whole tensors to ranks, which broadcast them once they are updated."""
 
     name: str
     pattern: str
@@ -65,24 +68,26 @@ class Framework:
     fused_loss: bool = False
     dedup: bool = False
     kernels: bool = False
+    whole: bool = False
+    broadcasts: bool = False
 
 
 FRAMEWORKS = (
     Framework("automodel", r"automodel", fused=True, dedup=True, kernels=True),
     Framework("megatron-bridge", r"megatron-bridge", zero=1, fused=True, reduce="bfloat16", tp_overlap=True,
-              fused_loss=True, dedup=True, kernels=True),
+              fused_loss=True, dedup=True, kernels=True, whole=True),
     Framework("nvidia-recipe", r"dgxc|megatron-lm examples", zero=1, fused=True, reduce="bfloat16", tp_overlap=True,
-              fused_loss=True, kernels=True),
+              fused_loss=True, kernels=True, whole=True),
     Framework("paxml", r"pax(ml)?\b|jax", fused=True, reduce="bfloat16", recompute="full", fused_loss=True),
     Framework("megatron", r"megatron|nemo\b|vtrain|simumax|bigscience|korthikanti", zero=1, fused=True,
-              kernels=True),
+              kernels=True, whole=True),
     Framework("torchtitan", r"torchtitan"),
     Framework("fms", r"fms-fsdp", reduce="bfloat16"),
     Framework("composer", r"llm-foundry|mosaicml|composer", flash="fa1", fused_loss=True),
     Framework("nanotron", r"nanotron", overlap=False),
     Framework("internevo", r"internevo|internlm train", ulysses=True, reduce="bfloat16", tp_sequence=False,
-              flash="fa1", overlap=False, fused_loss=True),
-    Framework("deepspeed", r"xtuner|deepspeed|swift", ulysses=True, reduce="bfloat16", recompute="full"),
+              flash="fa1", overlap=False, fused_loss=True, whole=True, broadcasts=True),
+    Framework("deepspeed", r"xtuner|deepspeed|swift", ulysses=True, reduce="bfloat16", recompute="full", whole=True),
     Framework("veomni", r"veomni", ulysses=True, recompute="full", loss_head="chunked",
               kernels=True),
 )  # fmt: skip
@@ -304,7 +309,7 @@ def _recompute(draft: _Draft) -> None:
         draft.assumed.append("recompute: none, or the first that fits")
         draft.alternatives = ({}, {"recompute": "selective"}, {"recompute": "full"})
     elif re.match(r"full|all\b|yes\b|true\b|activation_checkpointing=true", text) or "(full)" in text:
-        draft.layout["recompute"] = "full"
+        draft.layout |= {"recompute": "full", "recompute_whole": str(draft.framework.whole).lower()}
         if "offload" in text:
             draft.layout["offload"] = "true"
     elif text.startswith("selective"):
@@ -352,6 +357,8 @@ def _numbers(draft: _Draft) -> None:
         layout["host_bound"] = str(not row.mentions(r"CUDA graphs? (full|attn)")).lower()
         if not draft.framework.fused:
             layout["compiled"] = "false"
+    if draft.framework.broadcasts:
+        layout["broadcast_updates"] = "true"
     if draft.framework.kernels and is_modern(row):
         layout["fused_kernels"] = "true"
     layout["fused_loss"] = str(draft.framework.fused_loss or row.mentions(r"\bCE fusion|fused cross")).lower()
@@ -392,6 +399,7 @@ def _overlap(draft: _Draft) -> None:
         layout["tp_sequence"] = str(sequence).lower()
         overlap = draft.framework.tp_overlap or row.mentions(r"async ?TP|\btp overlap|userbuffer")
         layout["tp_overlap"] = str(overlap and sequence).lower()
+        layout["tp_async"] = str(is_modern(row)).lower()
     overlapped = (
         is_modern(row) and draft.framework.overlap and not row.mentions(r"no ZeRO overlap|use_gradient_bucket=false")
     )

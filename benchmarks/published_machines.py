@@ -72,15 +72,15 @@ def machine_of(row: Row, network: float | None = None) -> tuple[Hardware, str]:
     return replace(hardware, inter_link=replace(hardware.inter_link, bytes_per_second=rate)), card.file
 
 
-def with_first_flash(hardware: Hardware) -> Hardware:
-    """The hardware with constants of FlashAttention-1 as "fa1", unless it has them."""
+def with_first_flash(hardware: Hardware, share: float = FIRST_FLASH) -> Hardware:
+    """The hardware with FlashAttention-1 as "fa1", at `share` of the rates of FlashAttention-2."""
     second = hardware.attention.get("fa2")
-    if second is None or "fa1" in hardware.attention:
+    if second is None:
         return hardware
     first = replace(
         second,
-        forward_fraction={dim: value * FIRST_FLASH for dim, value in second.forward_fraction.items()},
-        backward_fraction={dim: value * FIRST_FLASH for dim, value in second.backward_fraction.items()},
+        forward_fraction={dim: value * share for dim, value in second.forward_fraction.items()},
+        backward_fraction={dim: value * share for dim, value in second.backward_fraction.items()},
     )
     return replace(hardware, attention={**hardware.attention, "fa1": first})
 

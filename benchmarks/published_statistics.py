@@ -119,7 +119,8 @@ def is_h100_or_a100(outcome: Outcome) -> bool:
 
 
 def sweeps(outcomes: Sequence[Outcome]) -> list[Sweep]:
-    """Groups of at least four different layouts of the same work on the same machine."""
+    """Groups of at least four different layouts of the same work on the same machine. A layout that was measured more
+    than once, which has one price, counts once, at its median."""
     groups: dict[tuple[object, ...], list[Outcome]] = defaultdict(list)
     for o in timed(outcomes):
         s = o.spec
@@ -129,12 +130,15 @@ def sweeps(outcomes: Sequence[Outcome]) -> list[Sweep]:
 
 def _sweep(group: list[Outcome]) -> Sweep:
     spec = group[0].spec
-    predicted = min(group, key=lambda o: o.seconds)
-    measured = min(group, key=lambda o: o.spec.seconds or math.inf)
-    assert predicted.spec.seconds and measured.spec.seconds
+    layouts: dict[tuple[tuple[str, str], ...], list[Outcome]] = defaultdict(list)
+    for outcome in group:
+        layouts[_layout(outcome)].append(outcome)
+    took = {key: percentile([o.spec.seconds or math.inf for o in same], 0.5) for key, same in layouts.items()}
+    predicted = min(layouts, key=lambda key: layouts[key][0].seconds)
+    measured = min(took, key=lambda key: took[key])
     return Sweep(
-        spec.suite, spec.model.name, spec.gpus, spec.seq_len, spec.global_batch, len({_layout(o) for o in group}),
-        predicted.spec.id, measured.spec.id, predicted.spec.seconds / measured.spec.seconds - 1,
+        spec.suite, spec.model.name, spec.gpus, spec.seq_len, spec.global_batch, len(layouts),
+        layouts[predicted][0].spec.id, layouts[measured][0].spec.id, took[predicted] / took[measured] - 1,
     )  # fmt: skip
 
 

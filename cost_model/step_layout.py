@@ -39,7 +39,7 @@ class Groups:
     among which experts are dealt out. shard / expert_shard: ranks among which (the rest of) a parameter is sharded.
     replica / expert_replica: ranks with equal shards, whose gradients are summed. tensor: ranks that share every
     matrix; context: ranks that share a micro-batch and pass keys and values around a ring; stages: neighbours of a
-    pipeline. zero1: only the optimizer's state of equal shards is sharded, over `replica` / `expert_replica`.
+    pipeline. states / expert_states: ranks with equal shards among which the optimizer's state is dealt out.
     """
 
     sequence: Group
@@ -52,7 +52,8 @@ class Groups:
     context: Group = SOLO
     stages: Group = SOLO
     expert_tp: int = 1
-    zero1: bool = False
+    states: Group = SOLO
+    expert_states: Group = SOLO
 
     @property
     def resident(self) -> bool:
@@ -60,9 +61,9 @@ class Groups:
         return self.shard.trivial and self.expert_shard.trivial
 
     @property
-    def optimizer_share(self) -> tuple[int, int]:
-        """Ranks among which the optimizer's state of (dense, expert) shards is dealt out."""
-        return (self.replica.size, self.expert_replica.size) if self.zero1 else (1, 1)
+    def zero1(self) -> bool:
+        """Only the optimizer's state is sharded."""
+        return not (self.states.trivial and self.expert_states.trivial)
 
 
 def block_groups(mesh: Mesh, plan: BlockPlan, gpus_per_node: int, stack: Stack = OURS) -> Groups:
@@ -79,6 +80,8 @@ def block_groups(mesh: Mesh, plan: BlockPlan, gpus_per_node: int, stack: Stack =
     # With whole parameters everywhere, the experts' owners are still `ep` apart.
     expert_shard = max(1, shard * mesh.tp // owners) if shard > 1 else 1
     expert_replicas = stage // (owners * expert_shard)
+    zero1 = plan.sharding is Sharding.ZERO1
+    expert_states = expert_replicas // mesh.dp_replicate if expert_replicas % mesh.dp_replicate == 0 else 1
     return Groups(
         sequence=group(mesh.sp, mesh.tp * mesh.cp),
         experts=group(plan.ep, stack.expert_tp),
@@ -90,7 +93,8 @@ def block_groups(mesh: Mesh, plan: BlockPlan, gpus_per_node: int, stack: Stack =
         context=group(mesh.cp, mesh.tp),
         stages=group(mesh.pp, stage),
         expert_tp=stack.expert_tp,
-        zero1=plan.sharding is Sharding.ZERO1,
+        states=group(inner, mesh.tp) if zero1 else SOLO,
+        expert_states=group(expert_states, owners) if zero1 else SOLO,
     )
 
 

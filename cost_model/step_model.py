@@ -157,7 +157,7 @@ class StepModel:
         groups = self._groups(mesh, plan, options.stack)
         key = (
             name, plan.reshard, groups.experts, groups.shard, groups.replica, groups.expert_shard,
-            groups.expert_replica, groups.tensor, groups.zero1, options.param_bytes, options.reduce_bytes,
+            groups.expert_replica, groups.tensor, groups.states, options.param_bytes, options.reduce_bytes,
             offload_optimizer, frozen, options.stack, options.pipelined,
         )  # fmt: skip
         if key not in self._weights:

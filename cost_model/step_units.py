@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from omnicompile.cost_model import step_chain, tensor_parallel
 from omnicompile.cost_model.step_chain import LOSS_CHUNK_ROWS, Chain
-from omnicompile.cost_model.step_layout import Gradient, Groups, Split
+from omnicompile.cost_model.step_layout import Gradient, Group, Groups, Split
 from omnicompile.cost_model.step_numbers import ACTIVATION_BYTES, SegmentNumbers
 from omnicompile.cost_model.step_price import DTYPE_BYTES, UNFUSED, Piece, Prices
 from omnicompile.plan import OURS, BlockPlan, LossHead, Stack
@@ -191,6 +191,8 @@ def _again(
     """What runs again. Attention whose results are kept takes no time, but what goes into it and what comes out of it
     is exchanged again: the backward reads both on the other side of the exchange."""
     indices = set(step_chain.recompute_indices(numbers, policy))
+    if stack.recompute_whole and policy is Recompute.FULL:
+        indices = set(step_chain.forward_indices(numbers))
     kept = step_chain.kept_attention(numbers, policy)
     times = [0.0 if i in kept else time for i, time in enumerate(seconds)]
     share = stack.recompute_share
@@ -377,10 +379,21 @@ def owned_params(segments: Sequence[Segment], groups: Groups, instances: int | N
 def _sums(
     segments: Sequence[Segment], groups: Groups, options: StepOptions, prices: Prices, instances: int | None = None
 ) -> Chain:
-    kind = "reduce_scatter" if groups.zero1 else "all_reduce"
+    """Sums over replicas; where the optimizer's state is dealt out among some of them, each of those sums a part."""
     dense, expert = owned_params(segments, groups, instances)
-    sums = prices.collective(kind, dense * options.reduce_bytes, groups.replica)
-    return sums + prices.collective(kind, expert * options.reduce_bytes, groups.expert_replica)
+    width = options.reduce_bytes
+    return _sum(dense * width, groups.replica, groups.states, prices) + _sum(
+        expert * width, groups.expert_replica, groups.expert_states, prices
+    )
+
+
+def _sum(nbytes: float, replicas: Group, states: Group, prices: Prices) -> Chain:
+    if states.trivial or prices.stack.broadcast_updates:
+        return prices.collective("all_reduce", nbytes, replicas)
+    scattered = prices.collective("reduce_scatter", nbytes, states)
+    beyond = replicas.size // states.size
+    across = Group(beyond, max(1, replicas.per_node // states.size))
+    return scattered + prices.collective("all_reduce", nbytes / states.size, across)
 
 
 def _refreshes(
@@ -389,8 +402,15 @@ def _refreshes(
     if not groups.zero1:
         return ()
     dense, expert = owned_params(segments, groups, instances)
-    gathers = prices.collective("all_gather", dense * options.param_bytes, groups.replica)
-    return gathers + prices.collective("all_gather", expert * options.param_bytes, groups.expert_replica)
+    gathers = _refresh(dense * options.param_bytes, groups.states, prices)
+    return gathers + _refresh(expert * options.param_bytes, groups.expert_states, prices)
+
+
+def _refresh(nbytes: float, states: Group, prices: Prices) -> Chain:
+    if not prices.stack.broadcast_updates:
+        return prices.collective("all_gather", nbytes, states)
+    one = prices.collective("broadcast", nbytes / states.size, states)
+    return tuple(Piece(piece.stream, piece.seconds * states.size, piece.kind) for piece in one)
 
 
 def _casts(segment: Segment, groups: Groups, before: int, after: int, shards: bool, prices: Prices) -> float:

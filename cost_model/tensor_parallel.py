@@ -137,7 +137,7 @@ def exchanges(
     for first, last in parts:
         before = _left(gather, seconds[first], split.tensor, overlapped)
         if backward:
-            after = _left(gather + reduce, weights + seconds[last], 0, True)
+            after = _left(gather + reduce, weights + seconds[last], 0, prices.stack.tp_async)
         else:
             after = _left(reduce, seconds[last], split.tensor, overlapped)
         found[first], found[last] = Exchange(before=before), Exchange(after=after)

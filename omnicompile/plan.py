@@ -83,18 +83,24 @@ class Stack:
     """How a software stack runs a step, where it may differ from ours. All of it is priced; only the defaults run.
 
     pipeline_chunks: model chunks per rank of an interleaved pipeline (1F1B; 1: not interleaved).
-    gemm_dtype: of linear layers ("float8"; "": the compute dtype). attention_kernel: as the hardware file names them,
-    or "unfused" (two GEMMs and a softmax, scores kept); "": the hardware file's own. compiled: element-wise work fused
-    as Inductor does, otherwise kernel by kernel. tp_sequence: beside tp, activations between linear layers are cut
-    along the sequence. tp_overlap: collectives of tp run in pieces beside their GEMMs. expert_tp: ranks that share an
-    expert. overlap_gradients: sums over replicas (and ZeRO-1's parameter gathers) run beside the backward (forward).
-    dedup_dispatch: a token goes to each node and rank of its experts once (DeepEP), not once per expert. fused_loss: of a
-    whole loss head, only logits and their gradient exist, in 16 bit; otherwise float32 copies of both besides.
-    fused_kernels: norms, activations and rotary embeddings are kernels that keep no more than their input and the input
-    of the product after them (Transformer Engine, Liger); otherwise every tensor that the backward reads is kept.
+    gemm_dtype: of linear layers ("float8"; "": the compute dtype).
+    attention_kernel: as the hardware file names them, or "unfused" (two GEMMs and a softmax, scores kept); "": the
+    hardware file's own.
+    compiled: element-wise work fused as Inductor does, otherwise kernel by kernel.
+    tp_sequence: beside tp, activations between linear layers are cut along the sequence. tp_overlap: collectives of tp
+    run in pieces beside their GEMMs. tp_async: the sum of an input gradient runs beside the weight gradient.
+    expert_tp: ranks that share an expert. dedup_dispatch: a token goes to each node and rank of its experts once
+    (DeepEP), not once per expert.
+    overlap_gradients: sums over replicas (and ZeRO-1's parameter gathers) run beside the backward (forward).
+    broadcast_updates: the optimizer's state is dealt out as whole tensors (InternEvo): gradients are summed by an
+    all-reduce, and every rank broadcasts the parameters that it updated.
+    fused_loss: of a whole loss head, only logits and their gradient exist, in 16 bit; otherwise float32 copies of both
+    besides. fused_kernels: norms, activations and rotary embeddings are kernels that keep no more than their input and
+    the input of the product after them (Transformer Engine, Liger); otherwise all that the backward reads is kept.
     host_bound: operators are launched one by one from Python, so that a layer takes at least the host's time for them.
-    recompute_attention: attention runs again in the backward. recompute_share: share of a block's layers that its
-    recompute policy is for. master_dtype: of master weights; moment_dtype: of each of AdamW's two moments.
+    recompute_whole: under `full` a layer runs whole again, its last product too. recompute_attention: attention runs
+    again in the backward. recompute_share: share of a block's layers that its recompute policy is for.
+    master_dtype: of master weights; moment_dtype: of each of AdamW's two moments.
     """
 
     pipeline_chunks: int = 1
@@ -103,12 +109,15 @@ class Stack:
     compiled: bool = True
     tp_sequence: bool = True
     tp_overlap: bool = False
+    tp_async: bool = True
     expert_tp: int = 1
     overlap_gradients: bool = False
+    broadcast_updates: bool = False
     dedup_dispatch: bool = False
     fused_loss: bool = True
     fused_kernels: bool = False
     host_bound: bool = False
+    recompute_whole: bool = False
     recompute_attention: bool = False
     recompute_share: float = 1.0
     master_dtype: str = "float32"

@@ -126,7 +126,7 @@ def _sending(plan: Plan, model: StepModel) -> float:
     mesh = plan.mesh
     numbers = model.numbers.at(plan.micro_batch).segments
     widest = max(n.output_bytes for n in numbers.values() if n.segment.role == "layer")
-    ranks = mesh.sp * mesh.cp * (mesh.tp if plan.stack.tp_sequence else 1)
+    ranks = mesh.sp * mesh.cp * mesh.tp  # Megatron-LM scatters what is whole before it sends, and gathers it again
     stages = block_groups(mesh, BlockPlan(), plan.cluster.gpus_per_node).stages
     return sum(piece.seconds for piece in model.prices(plan.stack).collective("send_recv", widest / ranks, stages))
 

@@ -1,0 +1,198 @@
+"""Fit the constants that only whole training runs show, and cross-validate them by publisher.
+
+    python benchmarks/calibrate_runs.py               # fit on all publishers, print the constants
+    python benchmarks/calibrate_runs.py --held-out    # and once without each publisher: results/held_out.json
+    python benchmarks/calibrate_runs.py --write       # put the constants into cost_model/hardware/*.yaml
+
+Kernels and collectives are fitted on their own benchmarks (`calibrate_from_published.py`) and stay as they are. What is
+fitted here are the few constants of `CONSTANTS`, on the logarithm of step time (soft L1), with the same weight for
+every publisher whatever the number of its rows, at most ROWS of them, evenly spaced. A publisher's median error counts
+less than the spread about it, as software stacks differ in speed. Each constant is drawn weakly to a prior, which
+decides where the rows say nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from calibrate_from_published import HOPPER, YAML, _set
+from numpy.typing import NDArray
+from published_machines import with_first_flash
+from published_rows import read_rows
+from published_runs import Pricer, Transform, evaluate, note
+from published_specs import RunSpec, specs_of
+from scipy.optimize import least_squares
+
+from omnicompile.cost_model.hardware import Hardware, load_hardware
+
+HERE = Path(__file__).resolve().parent
+HELD_OUT = HERE / "results" / "held_out.json"
+ROWS = 20
+PRIOR_WEIGHT = 0.3
+MEDIAN_WEIGHT = 0.5
+SCALE = 0.1  # log error beyond which a row counts linearly
+
+Vector = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Constant:
+    """name: of the hardware file; machine: of the file, or "" for all. prior, spread: where it is drawn to and how
+    weakly, in `unit`. low, high: bounds."""
+
+    name: str
+    machine: str
+    unit: str
+    prior: float
+    spread: float
+    low: float
+    high: float
+    meaning: str
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} {self.machine}".strip()
+
+
+CONSTANTS = (
+    Constant("sustained_fraction", "a100", "1", 0.9, 0.1, 0.5, 1.2, "rates through a step, of kernel benchmarks"),
+    Constant("sustained_fraction", "h100", "1", 0.85, 0.1, 0.5, 1.2, "the same; also H200 and H800"),
+    Constant("float8", "h100", "1", 0.75, 0.15, 0.4, 1.0, "of the fp8 peak, a large GEMM"),
+    Constant("eager_traffic", "", "1", 2.0, 0.7, 1.0, 5.0, "bytes of element-wise work that is not compiled"),
+    Constant("eager_seconds", "", "us", 15.0, 15.0, 0.0, 100.0, "floor of such a fused chain"),
+    Constant("host_seconds", "", "us", 60.0, 50.0, 0.0, 300.0, "of the host to launch an operator"),
+    Constant("fa1", "", "1", 0.5, 0.05, 0.3, 0.8, "rates of FlashAttention-1, of FlashAttention-2"),
+    Constant("contention_factor", "", "1", 0.15, 0.1, 0.0, 0.6, "slowdown of compute beside collectives"),
+)
+
+
+def transform(values: Sequence[float]) -> Transform:
+    """Hardware with the constants at `values` (in their units)."""
+    named = {(c.name, c.machine): value for c, value in zip(CONSTANTS, values)}
+
+    def change(spec: RunSpec, hardware: Hardware) -> Hardware:
+        return with_constants(hardware, "a100" if spec.gpu == "a100" else "h100", named, spec)
+
+    return change
+
+
+def with_constants(
+    hardware: Hardware, machine: str, named: dict[tuple[str, str], float], spec: RunSpec | None = None
+) -> Hardware:
+    """A run's own share of the sustained rates (its power limit) is kept."""
+    limited = hardware.sustained_fraction / load_hardware(machine).sustained_fraction if spec is not None else 1.0
+    fractions = dict(hardware.gemm.max_fraction)
+    if "float8" in fractions and ("float8", machine) in named:
+        fractions["float8"] = named["float8", machine]
+    hardware = with_first_flash(hardware, named["fa1", ""])
+    return replace(
+        hardware,
+        sustained_fraction=named["sustained_fraction", machine] * limited,
+        eager_traffic=named["eager_traffic", ""],
+        eager_seconds=named["eager_seconds", ""] * 1e-6,
+        host_seconds=named["host_seconds", ""] * 1e-6,
+        contention_factor=named["contention_factor", ""],
+        gemm=replace(hardware.gemm, max_fraction=fractions),
+    )
+
+
+def residuals(specs: Sequence[RunSpec], values: Sequence[float], pricer: Pricer) -> Vector:
+    """Log errors: of every publisher, those of its rows about their median, which together count as one row, and the
+    median itself, which counts MEDIAN_WEIGHT."""
+    by_suite: dict[str, list[float]] = defaultdict(list)
+    for outcome in evaluate(specs, transform(values), pricer):
+        if outcome.ratio is not None:
+            by_suite[outcome.spec.suite].append(np.log(outcome.ratio))
+    medians = np.array([np.median(logs) for logs in by_suite.values()])
+    parts = [(np.array(logs) - m) / np.sqrt(len(logs)) for logs, m in zip(by_suite.values(), medians)]
+    return np.concatenate([*parts, MEDIAN_WEIGHT * medians])
+
+
+def fit(specs: Sequence[RunSpec], pricer: Pricer) -> Vector:
+    priors = np.array([c.prior for c in CONSTANTS])
+    spreads = np.array([c.spread for c in CONSTANTS])
+
+    def objective(x: Vector) -> Vector:
+        pull = SCALE * PRIOR_WEIGHT * (x - 1.0) * priors / spreads
+        return np.concatenate([residuals(specs, x * priors, pricer), pull])
+
+    bounds = ([c.low / c.prior for c in CONSTANTS], [c.high / c.prior for c in CONSTANTS])
+    found = least_squares(
+        objective, np.ones(len(CONSTANTS)), bounds=bounds, loss="soft_l1", f_scale=SCALE, diff_step=0.05, max_nfev=10
+    )
+    return found.x * priors
+
+
+def training_rows(specs: Sequence[RunSpec]) -> list[RunSpec]:
+    """At most ROWS of each publisher's rows on H100 or A100 that have a time and count."""
+    by_suite: dict[str, list[RunSpec]] = defaultdict(list)
+    for spec in specs:
+        if spec.seconds is not None and not spec.weak and any(name in spec.gpu_text for name in ("H100", "A100")):
+            by_suite[spec.suite].append(spec)
+    chosen: list[RunSpec] = []
+    for rows in by_suite.values():
+        step = max(1.0, len(rows) / ROWS)
+        chosen += [rows[int(i * step)] for i in range(min(ROWS, len(rows)))]
+    return chosen
+
+
+def held_out(specs: Sequence[RunSpec], pricer: Pricer) -> dict[str, Vector]:
+    """By publisher, the constants fitted without it."""
+    rows = training_rows(specs)
+    found = {}
+    for suite in sorted({s.suite for s in rows}):
+        found[suite] = fit([s for s in rows if s.suite != suite], pricer)
+        note(f"without {suite}: " + ", ".join(f"{v:.3g}" for v in found[suite]))
+    return found
+
+
+def write(values: Sequence[float]) -> None:
+    """Into the hardware files: each constant where it belongs."""
+    named = {(c.name, c.machine): value for c, value in zip(CONSTANTS, values)}
+    for machine in ("a100", *HOPPER, "b200"):
+        path = YAML / f"{machine}.yaml"
+        text = path.read_text()
+        family = "a100" if machine == "a100" else "h100"
+        text = _set(text, "sustained_fraction: ", f"{named['sustained_fraction', family]:.3f}")
+        if machine in HOPPER:
+            text = _set(text, "    float8: ", f"{named['float8', 'h100']:.3f}")
+        text = _set(text, "eager_traffic: ", f"{named['eager_traffic', '']:.3g}")
+        text = _set(text, "eager_seconds: ", f"{named['eager_seconds', ''] * 1e-6:.3g}")
+        text = _set(text, "host_seconds: ", f"{named['host_seconds', ''] * 1e-6:.3g}")
+        text = _set(text, "contention_factor: ", f"{named['contention_factor', '']:.3g}")
+        path.write_text(text)
+        note(f"wrote {path.name}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=HERE / "data" / "runs.csv", help="CSV file of published runs")
+    parser.add_argument("--held-out", action="store_true", help="also fit without each publisher, and save those")
+    parser.add_argument("--write", action="store_true", help="put the constants into the hardware files")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    specs, _ = specs_of(read_rows(options.runs))
+    pricer = Pricer(progress=note)
+    values = fit(training_rows(specs), pricer)
+    for constant, value in zip(CONSTANTS, values):
+        unit = "" if constant.unit == "1" else f" {constant.unit}"
+        print(f"{constant.label:26s} {value:8.3g}{unit:4s} {constant.meaning}")
+    if options.held_out:
+        labels = [c.label for c in CONSTANTS]
+        found = {suite: dict(zip(labels, x.round(5).tolist())) for suite, x in held_out(specs, pricer).items()}
+        HELD_OUT.write_text(json.dumps(found, indent=1) + "\n")
+    if options.write:
+        write(values)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
