@@ -348,7 +348,7 @@ def _numbers(draft: _Draft) -> None:
         raise SkipRow("precision not stated" if not precision else "precision of an unknown kind")
     layout["reduce_dtype"] = _reduce_dtype(draft, precision)
     if re.match(r"(mx)?fp8", precision):
-        layout["gemm_dtype"] = "float8"
+        layout["gemm_dtype"] = "float8_rowwise" if "rowwise" in precision else "float8"
     if row.mentions(r"BF16 Adam moments"):
         layout["moment_dtype"] = "bfloat16"
     if row.mentions(r"optimizer offload"):

@@ -23,6 +23,11 @@ UNFUSED = "unfused"
 QUANTIZE_BYTES = 3
 """Traffic per element that is cast for a GEMM of lower precision: read in 16 bit, written in 8."""
 
+ROWWISE = "_rowwise"
+ROWWISE_FRACTION = 0.75
+"""Of the rate of a GEMM with one scale per tensor, one with a scale per row; operands are cast once for each of the two
+directions that they are multiplied in. Assumed."""
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -92,12 +97,14 @@ class Prices:
 
     def _gemm(self, sizes: tuple[float, float, float], numbers: OpNumbers, layer: bool) -> float:
         dtype = (layer and self.stack.gemm_dtype) or numbers.op.dtype
-        key = (*sizes, numbers.batch, dtype)
+        plain = dtype.removesuffix(ROWWISE)
+        key = (*sizes, numbers.batch, plain)
         if key not in self._gemms:
             self._gemms[key] = gemm_seconds(*key, self.hardware)
         if dtype == numbers.op.dtype:
             return self._gemms[key]
-        return self._gemms[key] + self.memory(_quantized(*sizes, numbers) * QUANTIZE_BYTES)
+        rate, casts = (ROWWISE_FRACTION, 2) if plain != dtype else (1.0, 1)
+        return self._gemms[key] / rate + self.memory(casts * _quantized(*sizes, numbers) * QUANTIZE_BYTES)
 
     def _attention(self, numbers: OpNumbers, split: Split) -> float:
         """Heads split: some heads of all rows. Otherwise all heads of the rank's own rows."""
@@ -129,7 +136,7 @@ class Prices:
         """Gate, up and down products of a forward; a backward takes as many times that as it has FLOPs."""
         shape, tensor = numbers.op.experts, self.stack.expert_tp
         assert shape is not None
-        dtype = self.stack.gemm_dtype or numbers.op.dtype
+        dtype = self.stack.gemm_dtype.removesuffix(ROWWISE) or numbers.op.dtype
         owned = shape.experts / ep
         rows = numbers.tokens / split.rows(False) * shape.top_k * tensor
         inner = shape.intermediate / tensor

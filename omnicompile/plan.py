@@ -83,7 +83,7 @@ class Stack:
     """How a software stack runs a step, where it may differ from ours. All of it is priced; only the defaults run.
 
     pipeline_chunks: model chunks per rank of an interleaved pipeline (1F1B; 1: not interleaved).
-    gemm_dtype: of linear layers ("float8"; "": the compute dtype).
+    gemm_dtype: of linear layers ("float8", "float8_rowwise" with a scale per row; "": the compute dtype).
     attention_kernel: as the hardware file names them, or "unfused" (two GEMMs and a softmax, scores kept); "": the
     hardware file's own.
     compiled: element-wise work fused as Inductor does, otherwise kernel by kernel.

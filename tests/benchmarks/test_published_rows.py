@@ -55,7 +55,7 @@ LAYOUTS = {
     "TITAN-016": "tp=8 pp=8 cp=2 pipeline_chunks=1 sharding=fsdp dp_shard=4 reshard=false micro_batch=1 accumulation=8 "
     "recompute=full reduce_dtype=float32 gemm_dtype=float8 attention_kernel=fa2 tp_sequence=true tp_overlap=true "
     "overlap_gradients=true "
-    "fused_loss=false",
+    "fused_loss=false recompute_whole=false tp_async=true",
     # Ulysses: heads are exchanged.
     "XTL-003": "sp=8 sharding=fsdp dp_shard=1 micro_batch=1 accumulation=1 recompute=full reduce_dtype=bfloat16 "
     "compiled=false overlap_gradients=true "
@@ -64,38 +64,38 @@ LAYOUTS = {
     "DGXC-017": "tp=4 pp=8 pipeline_chunks=5 sharding=zero1 dp_shard=2 micro_batch=1 accumulation=64 "
     "reduce_dtype=bfloat16 gemm_dtype=float8 tp_sequence=true tp_overlap=true overlap_gradients=true "
     "host_bound=true fused_loss=true "
-    "fused_kernels=true",
+    "fused_kernels=true tp_async=true",
     "KORT-004": "tp=8 pp=8 pipeline_chunks=3 sharding=replicate dp_shard=1 micro_batch=1 accumulation=64 "
     "recompute=core_attention reduce_dtype=float16 attention_kernel=unfused tp_sequence=true tp_overlap=false "
     "overlap_gradients=false "
-    "host_bound=true fused_loss=false",
+    "host_bound=true fused_loss=false tp_async=false",
     "KORT-001": "tp=8 sharding=replicate dp_shard=1 micro_batch=4 accumulation=1 recompute=full reduce_dtype=float16 "
     "attention_kernel=unfused tp_sequence=false tp_overlap=false overlap_gradients=false "
-    "host_bound=true fused_loss=false",
+    "host_bound=true fused_loss=false recompute_whole=true tp_async=false",
     "BLOOM-001": "tp=8 pp=12 pipeline_chunks=1 sharding=zero1 dp_shard=4 micro_batch=1 accumulation=512 recompute=full "
     "reduce_dtype=float16 attention_kernel=unfused tp_sequence=false tp_overlap=false overlap_gradients=false "
-    "host_bound=true fused_loss=false",
+    "host_bound=true fused_loss=false recompute_whole=true tp_async=false",
     "VTM-001": "sharding=replicate dp_shard=64 micro_batch=8 accumulation=1 recompute=full reduce_dtype=float16 "
     "attention_kernel=unfused overlap_gradients=false "
-    "host_bound=true fused_loss=false",
+    "host_bound=true fused_loss=false recompute_whole=true",
     "XTQ-004": "ep=32 tp=2 pp=8 pipeline_chunks=4 dedup_dispatch=true sharding=zero1 dp_shard=16 micro_batch=1 "
     "accumulation=128 recompute=selective reduce_dtype=float32 tp_sequence=true tp_overlap=false "
     "overlap_gradients=true host_bound=true fused_loss=false "
-    "fused_kernels=true",
+    "fused_kernels=true tp_async=true",
     "XTQ-005": "ep=8 tp=2 pp=8 pipeline_chunks=1 sharding=zero1 dp_shard=16 micro_batch=1 accumulation=128 "
     "recompute=selective reduce_dtype=float32 tp_sequence=true tp_overlap=false overlap_gradients=false "
     "host_bound=true fused_loss=false "
-    "fused_kernels=true",
+    "fused_kernels=true tp_async=true",
     # ZeRO-1 within groups; ZeRO-0.
     "IEVO-025": "tp=2 sharding=zero1 dp_shard=4 micro_batch=4 accumulation=4 reduce_dtype=bfloat16 "
     "attention_kernel=fa1 compiled=false tp_sequence=false tp_overlap=false overlap_gradients=false "
-    "host_bound=true fused_loss=true",
+    "host_bound=true fused_loss=true broadcast_updates=true tp_async=true",
     "IEVO-010": "sharding=zero1 dp_shard=8 dp_replicate=2 micro_batch=2 accumulation=4 reduce_dtype=bfloat16 "
     "attention_kernel=fa1 compiled=false overlap_gradients=false "
-    "host_bound=true fused_loss=true",
+    "host_bound=true fused_loss=true broadcast_updates=true",
     "NANO-003": "tp=4 sharding=replicate dp_shard=128 micro_batch=2 accumulation=1 reduce_dtype=float32 "
     "attention_kernel=fa2 compiled=false tp_sequence=true tp_overlap=false overlap_gradients=false "
-    "host_bound=true fused_loss=false",
+    "host_bound=true fused_loss=false tp_async=true",
 }  # fmt: skip
 
 
