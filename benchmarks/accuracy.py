@@ -15,6 +15,10 @@ only where the notes define its FLOPs. Memory is compared as allocated or reserv
 
     python benchmarks/accuracy.py --runs FILE.csv [--json] [--out results.md] [--suite NAME ...] [--rows ID,ID]
     python benchmarks/accuracy.py --runs FILE.csv --explain ID
+    python benchmarks/accuracy.py --runs FILE.csv --held-out
+
+Without --held-out the constants are those of the hardware files, which were fitted on rows of runs.csv
+(`calibrate_runs.py`). With it, every publisher is predicted with constants that were fitted without its rows.
 
 No GPU is needed. A first run captures each model once (about a minute); later ones take seconds. Exit code 2: a file or
 column that cannot be used.
@@ -31,12 +35,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from calibrate_runs import held_out_transform
 from published_report import data, explain, markdown
 from published_rows import Row, read_rows
 from published_runs import Pricer, evaluate, note
 from published_specs import specs_of
 
 from omnicompile.errors import InputError, OmniCompileError
+
+FITTED_WORDS = (
+    "The constants are those of the hardware files, fitted on these rows among others; `--held-out` predicts every "
+    "publisher with constants that were fitted without it."
+)
+HELD_OUT_WORDS = "Every publisher is predicted with constants that were fitted without its rows."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,6 +67,9 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="also write the report, as Markdown")
     parser.add_argument("--suite", nargs="+", default=[], help="only rows of these publishers (MPT of MPT-115)")
     parser.add_argument("--rows", type=lambda text: text.split(","), default=[], help="only these ids, comma-separated")
+    parser.add_argument(
+        "--held-out", action="store_true", help="constants fitted without the publisher that is predicted"
+    )
     parser.add_argument("--explain", metavar="ID", help="print the parts of one row's prediction")
     return parser.parse_args(arguments)
 
@@ -67,12 +81,13 @@ def _run(options: argparse.Namespace) -> int:
     specs = [s for s in specs if s.id in wanted]
     skipped = [s for s in skipped if s.id in wanted]
     started = time.perf_counter()
-    outcomes = evaluate(specs, pricer=Pricer(progress=note))
+    outcomes = evaluate(specs, held_out_transform() if options.held_out else None, Pricer(progress=note))
     note(f"{len(outcomes)} rows priced in {time.perf_counter() - started:.1f} s")
     if options.explain:
         print("\n".join([explain(o) for o in outcomes] or [f"{s.id}  skipped: {s.reason}" for s in skipped]))
         return 0
-    text = markdown(outcomes, skipped, f"python benchmarks/accuracy.py --runs {options.runs}")
+    command = f"python benchmarks/accuracy.py --runs {options.runs}" + (" --held-out" if options.held_out else "")
+    text = markdown(outcomes, skipped, command, HELD_OUT_WORDS if options.held_out else FITTED_WORDS)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(text)

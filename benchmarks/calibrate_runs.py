@@ -154,6 +154,18 @@ def held_out(specs: Sequence[RunSpec], pricer: Pricer) -> dict[str, Vector]:
     return found
 
 
+def held_out_transform() -> Transform:
+    """Hardware with the constants that were fitted without the publisher of a run; of publishers that took no part in
+    the fit, with those of the hardware files."""
+    labels = json.loads(HELD_OUT.read_text())
+    changes = {suite: transform([found[c.label] for c in CONSTANTS]) for suite, found in labels.items()}
+
+    def change(spec: RunSpec, hardware: Hardware) -> Hardware:
+        return changes[spec.suite](spec, hardware) if spec.suite in changes else hardware
+
+    return change
+
+
 def write(values: Sequence[float]) -> None:
     """Into the hardware files: each constant where it belongs."""
     named = {(c.name, c.machine): value for c, value in zip(CONSTANTS, values)}

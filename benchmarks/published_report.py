@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -20,6 +20,7 @@ from published_statistics import (
     headline,
     is_h100_or_a100,
     likely_cause,
+    memory_headline,
     memory_ratios,
     parallelism,
     ratios,
@@ -38,8 +39,9 @@ def skip_reasons(outcomes: Sequence[Outcome], skipped: Sequence[Skipped]) -> Cou
     return found
 
 
-def markdown(outcomes: Sequence[Outcome], skipped: Sequence[Skipped], command: str) -> str:
-    lines = ["# Predicted against published runs", "", f"Printed by `{command}`.", ""]
+def markdown(outcomes: Sequence[Outcome], skipped: Sequence[Skipped], command: str, constants: str = "") -> str:
+    """constants: what those of the cost model were fitted on, in words."""
+    lines = ["# Predicted against published runs", "", f"Printed by `{command}`. {constants}".rstrip(), ""]
     lines += _coverage(outcomes, skipped)
     lines += _headlines(outcomes)
     lines += _times(outcomes)
@@ -63,14 +65,19 @@ def _coverage(outcomes: Sequence[Outcome], skipped: Sequence[Skipped]) -> list[s
 
 def _headlines(outcomes: Sequence[Outcome]) -> list[str]:
     lines = ["## Step time", ""]
-    plain, corrected = headline(outcomes, False), headline(outcomes, True)
-    if plain and corrected:
-        lines += [
-            f"H100 and A100, {plain.rows} rows, median over publishers: **median error {plain.median:.1%}**, 90th "
-            f"percentile {plain.p90:.1%}, bias {plain.bias:+.1%}; after one factor per publisher "
-            f"{corrected.median:.1%} and {corrected.p90:.1%}.",
-            "",
-        ]  # fmt: skip
+    eras = (
+        ("all", outcomes),
+        ("fused attention", [o for o in outcomes if o.spec.modern]),
+        ("earlier", [o for o in outcomes if not o.spec.modern]),
+    )
+    cells = []
+    for name, group in eras:
+        plain, corrected = headline(group, False), headline(group, True)
+        if plain and corrected:
+            cells.append([name, *_cells(plain), f"**{corrected.median:.1%}**", f"**{corrected.p90:.1%}**"])
+    if cells:
+        lines += ["H100 and A100, medians over publishers of the publisher's median and 90th percentile:"]
+        lines += [*table(("rows", "rows", "median", "p90", "bias", "median then", "p90 then"), cells), ""]
     return [
         *lines,
         "Error: predicted / measured - 1. Bias: its median with sign. Factor: of one publisher, the geometric mean of "
@@ -92,10 +99,10 @@ def _times(outcomes: Sequence[Outcome]) -> list[str]:
     return lines + (_time_table("does not count", weak.items()) if weak else [])
 
 
-def _time_table(title: str, groups: Any) -> list[str]:
+def _time_table(title: str, groups: Any, values_of: Callable[[Sequence[Outcome]], list[float]] = ratios) -> list[str]:
     cells = []
     for name, group in groups:
-        values = ratios(group)
+        values = values_of(group)
         if values:
             scale = factor(values)
             after = errors([v * scale for v in values])
@@ -116,9 +123,20 @@ def _memory(outcomes: Sequence[Outcome]) -> list[str]:
         "Allocated: bytes of tensors. Reserved: with the allocator's slack. Device: with the context too. Values are "
         "taken as GiB, whatever their label.",
     ]  # fmt: skip
-    groups = {"all": rows} | grouped(rows, lambda o: [f"{o.spec.suite}, {o.spec.memory_kind}"])
-    cells = [[name, *_cells(errors(memory_ratios(group)))] for name, group in groups.items()]
-    return lines + table(("publisher", "rows", "median", "p90", "bias"), cells)
+    plain, corrected = memory_headline(outcomes, False), memory_headline(outcomes, True)
+    if plain and corrected:
+        lines += [
+            "",
+            f"Rows that count, medians over publishers: median error **{plain.median:.1%}**, 90th percentile "
+            f"{plain.p90:.1%}; after one factor per publisher **{corrected.median:.1%}** and {corrected.p90:.1%}.",
+        ]
+    groups = {"all": rows} | grouped(rows, _memory_group)
+    return lines + _time_table("publisher", groups.items(), memory_ratios)
+
+
+def _memory_group(outcome: Outcome) -> list[str]:
+    weak = ", does not count" if outcome.spec.weak else ""
+    return [f"{outcome.spec.suite}, {outcome.spec.memory_kind}{weak}"]
 
 
 def _sweeps(outcomes: Sequence[Outcome]) -> list[str]:

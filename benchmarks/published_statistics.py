@@ -99,14 +99,25 @@ def memory_ratios(outcomes: Sequence[Outcome]) -> list[float]:
 
 
 def headline(outcomes: Sequence[Outcome], corrected: bool) -> Errors | None:
-    """Over H100 and A100 rows: medians over publishers of their median, 90th percentile and bias. corrected: after one
-    factor for each publisher."""
-    rows = [o for o in timed(outcomes) if is_h100_or_a100(o)]
+    """Of step time over H100 and A100 rows, see `over_publishers`."""
+    return over_publishers([o for o in timed(outcomes) if is_h100_or_a100(o)], ratios, corrected)
+
+
+def memory_headline(outcomes: Sequence[Outcome], corrected: bool) -> Errors | None:
+    """Of peak memory over all rows that count, see `over_publishers`."""
+    rows = [o for o in outcomes if o.memory_ratio is not None and not o.spec.weak]
+    return over_publishers(rows, memory_ratios, corrected)
+
+
+def over_publishers(
+    rows: Sequence[Outcome], values_of: Callable[[Sequence[Outcome]], list[float]], corrected: bool
+) -> Errors | None:
+    """Medians over publishers of their median, 90th percentile and bias. corrected: after one factor for each."""
     if not rows:
         return None
     found = []
     for group in grouped(rows, lambda o: [o.spec.suite]).values():
-        values = ratios(group)
+        values = values_of(group)
         scale = factor(values) if corrected else 1.0
         found.append(errors([v * scale for v in values]))
     parts = [[e.median for e in found], [e.p90 for e in found], [e.bias for e in found]]
