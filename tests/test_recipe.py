@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 
 from omnicompile.cluster import Cluster
 from omnicompile.errors import InputError, RecipeError
-from omnicompile.plan import BlockPlan, Layout, LossHead, Mesh, Plan, Prediction, Sharding
+from omnicompile.plan import BlockPlan, Layout, LossHead, Mesh, Plan, Prediction, Sharding, Stack
 from omnicompile.recipe import check_pins, dumps, load_machine, load_pins, load_recipe, loads, parse_pins, save_recipe
 from omnicompile.recompute import Recompute
 from omnicompile.workload import Workload
@@ -51,6 +53,13 @@ PREDICTION = st.builds(
     block_memory=TABLE,
     block_time=TABLE,
 )
+STACK = st.builds(
+    Stack,
+    pipeline_chunks=st.integers(1, 9),
+    gemm_dtype=TEXT,
+    compiled=st.booleans(),
+    recompute_share=st.floats(0, 1),
+)
 
 
 @st.composite
@@ -71,6 +80,7 @@ def plans(draw: st.DrawFn) -> Plan:
         reduce_dtype=draw(TEXT),
         prediction=draw(st.none() | PREDICTION),
         notes=draw(st.lists(TEXT, max_size=2).map(tuple)),
+        stack=draw(STACK),
     )
 
 
@@ -238,3 +248,29 @@ def test_wrong_pins_of_the_command_line(pin: str, message: str) -> None:
 def test_pins_given_in_code_are_checked_alike() -> None:
     with pytest.raises(InputError, match="has no choice 'layot'"):
         check_pins({"vision.layot": "images"})
+
+
+def test_another_stack_is_a_section_of_its_own(tmp_path: Path, sample_plans: list[Plan]) -> None:
+    plan = sample_plans[0]
+    assert "stack:" not in dumps(plan)
+    foreign = replace(plan, stack=Stack(gemm_dtype="float8", pipeline_chunks=4))
+    text = dumps(foreign)
+    assert "stack: {pipeline_chunks: 4, gemm_dtype: float8}" in text
+    assert loads(text) == foreign
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    assert load_pins(path)["stack.gemm_dtype"] == "float8"
+
+
+@pytest.mark.parametrize(
+    ("stack", "words"),
+    [
+        ("{pipeline_chunks: 0}", "must be at least 1"),
+        ("{recompute_share: 2}", "must be between 0 and 1"),
+        ("{gemm_type: float8}", "did you mean gemm_dtype?"),
+    ],
+)
+def test_a_wrong_stack_is_refused(sample_plans: list[Plan], stack: str, words: str) -> None:
+    plan = sample_plans[0]
+    with pytest.raises(RecipeError, match=re.escape(words)):
+        loads(dumps(plan) + f"stack: {stack}\n")

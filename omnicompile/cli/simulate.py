@@ -20,6 +20,8 @@ examples:
   omnicompile simulate model.py --gpus 128 --layout "sp=4, recompute=full"
       everything that is not stated has its plainest value: fsdp over all ranks, micro-batch 1, a whole loss head
   omnicompile simulate model.py --gpus 64 --layout "sp=8,ep=8,vision.layout=replicated,loss_head=chunked" --json
+  omnicompile simulate model.py --gpus 64 --layout "tp=4, pp=4, pipeline_chunks=4, sharding=zero1, gemm_dtype=float8"
+      what other systems run and OmniCompile does not yet is priced all the same
   omnicompile simulate model.py --recipe recipe.yaml
       the plan of a recipe, priced again
   omnicompile simulate model.py --gpus 8 --layout "dp_replicate=2,sharding=hsdp" --trace step.json
@@ -36,8 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--layout",
         metavar="CHOICES",
         default="",
-        help="mesh (dp_replicate, dp_shard, sp, ep), step (micro_batch, accumulation, loss_head, ...) and blocks "
-        "(text.recompute=full, or recompute=full for all blocks), separated by commas",
+        help="mesh (dp_replicate, dp_shard, sp, ep, tp, pp, cp), step (micro_batch, accumulation, loss_head, ...), "
+        "blocks (text.recompute=full, or recompute=full for all blocks) and what another software stack does "
+        "differently (gemm_dtype, pipeline_chunks, tp_sequence, ...; docs/cost_model.md), separated by commas",
     )
     group.add_argument("--recipe", metavar="FILE", help="the choices of a recipe; --layout goes before them")
     output = parser.add_argument_group("output")

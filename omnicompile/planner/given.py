@@ -11,6 +11,7 @@ from omnicompile.plan import BlockPlan, Layout, Mesh, Plan, Stack
 from omnicompile.planner.pins import BLOCK_FIELDS, Pins, parse_pins
 from omnicompile.planner.rules import frozen_blocks, has_experts, sequence_refusal
 from omnicompile.program import Block, Program
+from omnicompile.support import not_executable
 from omnicompile.workload import Workload
 
 
@@ -34,7 +35,8 @@ def given_plan(
     frozen = frozen_blocks(program, workload.freeze)
     blocks = {block.name: _block(program, block, mesh, pins, block.name in frozen) for block in program.blocks}
     plan = Plan(name or program.source, cluster, workload, mesh, blocks, micro_batch, accumulation)
-    return replace(plan, **step, stack=Stack(**pins.stack))
+    plan = replace(plan, **step, stack=Stack(**pins.stack))
+    return replace(plan, notes=tuple(f"priced, not executable yet: {choice}" for choice in not_executable(plan)))
 
 
 def _for_all_blocks(layout: Mapping[str, str], program: Program) -> dict[str, str]:

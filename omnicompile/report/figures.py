@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 from omnicompile.cluster import Cluster
-from omnicompile.plan import BlockPlan, Layout, Mesh, Plan, Prediction, Sharding
+from omnicompile.plan import BlockPlan, Layout, Mesh, Plan, Prediction, Sharding, Stack
 from omnicompile.program import Program, Segment
 from omnicompile.report.units import count_text, plural
 
@@ -112,7 +114,14 @@ def option_words(plan: Plan) -> str:
         f"{plan.reduce_dtype} gradient reduction",
         f"{plan.loss_head.value} loss head",
     ]
-    return ", ".join(words) + (", optimizer offloaded" if plan.offload_optimizer else "")
+    words += ["optimizer offloaded"] if plan.offload_optimizer else []
+    return ", ".join([*words, *stack_words(plan.stack)])
+
+
+def stack_words(stack: Stack) -> list[str]:
+    """What differs from the stack that `parallelize` runs."""
+    values = {f.name: (getattr(stack, f.name), f.default) for f in fields(stack)}
+    return [f"{name} {value}" for name, (value, default) in values.items() if value != default]
 
 
 def sharding_words(block: BlockPlan) -> str:
@@ -163,6 +172,8 @@ def differences(plan: Plan, best: Plan) -> list[str]:
         words.append(f"{plan.loss_head.value} loss head")
     if plan.offload_optimizer != best.offload_optimizer:
         words.append("optimizer " + ("offloaded" if plan.offload_optimizer else "not offloaded"))
+    if plan.stack != best.stack:
+        words.append("stack: " + (", ".join(stack_words(plan.stack)) or "as executed"))
     for name, block in plan.blocks.items():
         if changed := block_words(block, best.blocks.get(name, BlockPlan())):
             words.append(f"{name} {changed}")

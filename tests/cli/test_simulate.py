@@ -34,6 +34,18 @@ def test_a_layout_is_priced_as_stated(run: Run, model: Path) -> None:
     assert plan["prediction"]["step_seconds"] > 0
 
 
+def test_what_is_priced_and_not_executed_is_named(run: Run, model: Path, tmp_path: Path) -> None:
+    layout = "tp=2, pp=2, pipeline_chunks=2, sharding=zero1, gemm_dtype=float8, recompute_share=0.5"
+    common = ("simulate", str(model), "--gpus", "8", "--seq-len", "4096", "--layout", layout)
+    plan = json.loads(run(*common, "--json").out)["plan"]
+    assert plan["mesh"]["tp"] == plan["mesh"]["pp"] == plan["mesh"]["dp_shard"] == 2
+    assert plan["stack"]["gemm_dtype"] == "float8" and plan["stack"]["recompute_share"] == 0.5
+    assert any("tp (mesh.tp=1 avoids it)" in note for note in plan["notes"])
+    text = run(*common).out
+    assert "pp 2 x dp_shard 2 x tp 2 = 8 ranks" in text and "gemm_dtype float8" in text
+    assert "text: only the optimizer's state sharded (text.sharding=fsdp avoids it)" in " ".join(text.split())
+
+
 def test_it_agrees_with_the_planner_on_the_planners_choice(run: Run, model: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "best.yaml"
     common = ("--gpus", "8", "--seq-len", "4096", "--json")
