@@ -80,7 +80,7 @@ def _headlines(outcomes: Sequence[Outcome]) -> list[str]:
         lines += [*table(("rows", "rows", "median", "p90", "bias", "median then", "p90 then"), cells), ""]
     return [
         *lines,
-        "Error: predicted / measured - 1. Bias: its median with sign. Factor: of one publisher, the geometric mean of "
+        "Error: predicted / measured - 1. Bias: its median with sign. Factor: of one publisher, the median of "
         "measured / predicted; the last two columns are the errors when predictions are multiplied by it.",
     ]
 

@@ -60,8 +60,8 @@ def errors(ratios: Sequence[float]) -> Errors:
 
 
 def factor(ratios: Sequence[float]) -> float:
-    """The geometric mean of measured over predicted."""
-    return math.exp(-math.fsum(map(math.log, ratios)) / len(ratios))
+    """The median of measured over predicted."""
+    return 1.0 / percentile(ratios, 0.5)
 
 
 def grouped(outcomes: Sequence[Outcome], key: Callable[[Outcome], Sequence[str]]) -> dict[str, list[Outcome]]:

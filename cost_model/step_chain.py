@@ -75,12 +75,13 @@ def _expert_exchange(op: OpNumbers, split: Split, groups: Groups, prices: Prices
     return prices.collective("all_to_all", expert_exchange_bytes(op, split), groups.experts, copies)
 
 
-def launched(chain: Chain, operators: int, seconds: float) -> Chain:
+def launched(chain: Chain, ops: Sequence[OpNumbers], prices: Prices) -> Chain:
     """The chain, its compute stretched to the time that the host takes to launch its operators, if that is longer."""
     compute = sum(piece.seconds for piece in chain if piece.stream == "compute")
-    if not compute or operators * seconds <= compute:
+    host = len(ops) * prices.hardware.host_seconds
+    if not compute or host <= compute:
         return chain
-    slower = operators * seconds / compute
+    slower = host / compute
     return tuple(Piece(p.stream, p.seconds * slower, p.kind) if p.stream == "compute" else p for p in chain)
 
 

@@ -156,7 +156,7 @@ def _chain(
     else:
         roles, width = tensor_parallel.roles(numbers), tensor_parallel.stream_width(numbers)
         chain = step_chain.op_chain(ops, times, split, groups, prices, kind, [roles[i] for i in indices], width)
-    return step_chain.launched(chain, len(ops), prices.hardware.host_seconds) if prices.stack.host_bound else chain
+    return step_chain.launched(chain, ops, prices) if prices.stack.host_bound else chain
 
 
 def _peaks(
