@@ -112,6 +112,8 @@ class Hardware:
     attention: constants by implementation ("fa2", "fa3", ...), of one dtype as "fa2.float32".
     attention_kernel: the implementation assumed.
     contention_factor: relative slowdown of compute while a collective runs beside it (SMs and memory bandwidth shared).
+    float8_gain: rate of linear layers in fp8 with one scale per tensor, relative to the products with a scale per block
+    that gemm.max_fraction was fitted on.
     eager_traffic: bytes moved by element-wise work that is not compiled, relative to the fused kernels of Inductor.
     host_seconds: of the host to launch one operator from Python (a fused chain of element-wise ones counts as one).
     eager_seconds: floor of what Inductor fuses into one kernel and an uncompiled program launches as several.
@@ -137,6 +139,7 @@ class Hardware:
     attention_kernel: str
     collective: CollectiveEfficiency
     contention_factor: float
+    float8_gain: float = 1.0
     eager_traffic: float = 1.0
     eager_seconds: float = 0.0
     host_seconds: float = 0.0

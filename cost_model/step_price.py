@@ -104,6 +104,7 @@ class Prices:
         if dtype == numbers.op.dtype:
             return self._gemms[key]
         rate, casts = (ROWWISE_FRACTION, 2) if plain != dtype else (1.0, 1)
+        rate *= self.hardware.float8_gain if self.hardware.dtype_key(plain) == "float8" else 1.0
         return self._gemms[key] / rate + self.memory(casts * _quantized(*sizes, numbers) * QUANTIZE_BYTES)
 
     def _attention(self, numbers: OpNumbers, split: Split) -> float:

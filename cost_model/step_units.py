@@ -219,7 +219,8 @@ def _kept(
     saved = _local_bytes(by_policy[policy], numbers, split)
     everything = _local_bytes(by_policy[Recompute.NONE], numbers, split)
     if stack.fused_kernels:
-        fused = by_policy[Recompute.SELECTIVE] + _product_inputs(numbers, 1 if stack.gemm_dtype.startswith("float8") else 2)
+        width = 1 if stack.gemm_dtype.startswith("float8") else 2
+        fused = by_policy[Recompute.SELECTIVE] + _product_inputs(numbers, width)
         everything = min(everything, _local_bytes(fused, numbers, split))
         saved = everything if policy is Recompute.NONE else min(saved, everything)
     if scores := _score_bytes(numbers, split, stack):
