@@ -14,6 +14,7 @@ import synthetic
 
 from omnicompile.cluster import Cluster
 from omnicompile.cost_model import timeline
+from omnicompile.cost_model.hardware import load_hardware
 from omnicompile.cost_model.step_layout import block_groups, make_group
 from omnicompile.cost_model.step_model import StepModel, segment_gradients
 from omnicompile.cost_model.step_numbers import Evaluator
@@ -103,12 +104,13 @@ def test_sequence_parallelism_divides_work() -> None:
 
 def test_dealing_out_images_pays_for_imbalance() -> None:
     program = synthetic.vision_language_7b()  # 2 images a sample
+    alone = StepModel(program, CLUSTER, replace(load_hardware("h100"), contention_factor=0.0))
 
     def vision_seconds(layout: Layout, sp: int, micro_batch: int) -> float:
         plan = make_plan(program, Mesh(dp_shard=16 // sp, sp=sp), micro_batch=micro_batch)
         own = sp if layout is not Layout.REPLICATED else 1
         vision = replace(plan.blocks["vision"], layout=layout, sp=own)
-        step = step_of(program, replace(plan, blocks=plan.blocks | {"vision": vision}))
+        step = build_step(program, replace(plan, blocks=plan.blocks | {"vision": vision}), alone)
         tasks = [(t, loop.count) for loop in step.last.loops for t in loop.tasks if t.block == "vision"]
         return sum(t.seconds * count for t, count in tasks if t.stream == "compute" and t.kind == "compute")
 
