@@ -64,6 +64,11 @@ class Group(Generic[M]):
         )  # fmt: skip
         return [float(value) for value in result.x]
 
+    def loss(self, machine: M) -> float:
+        """Of a machine as it is: the mean of what the fit makes small."""
+        errors = np.array([point.error(machine) for point in self.points])
+        return float(np.mean(2.0 * (np.sqrt(1.0 + (errors / SOFT) ** 2) - 1.0))) if errors.size else 0.0
+
     def fitted(self, machine: M) -> M:
         """The machine with the fitted constants; as it is where there is nothing to fit them to."""
         return self.apply(machine, self.fit(machine)) if self.points else machine

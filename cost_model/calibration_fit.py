@@ -192,23 +192,22 @@ def gemm_points(measured: Measurements) -> Points:
 
 
 def _fit_gemm(hw: Hardware, points: Points, cpu: bool) -> Hardware:
-    """Fractions of the peaks, of small tiles, and of writing. A CPU has one size of tile: the one that fits best."""
+    """Fractions of the peaks, of writing and, of a GPU, of small tiles. A CPU packs its operands first, and its tiles
+    are of one size: the one that fits best."""
     dtypes = tuple(dict.fromkeys(point.source for point in points))
 
     def apply(hw: Hardware, x: Sequence[float]) -> Hardware:
-        fractions = dict(hw.gemm.max_fraction) | dict(zip(dtypes, x))
-        small = hw.gemm.small_tile_fraction if cpu else x[len(dtypes) + 1]
-        gemm = replace(hw.gemm, max_fraction=fractions, store_fraction=x[len(dtypes)], small_tile_fraction=small)
-        return replace(hw, gemm=gemm)
+        fractions, (store, other) = dict(hw.gemm.max_fraction) | dict(zip(dtypes, x)), x[-2:]
+        gemm = replace(hw.gemm, max_fraction=fractions, store_fraction=store)
+        changed = replace(gemm, load_fraction=other) if cpu else replace(gemm, small_tile_fraction=other)
+        return replace(hw, gemm=changed)
 
-    first, low, high = (*[0.8] * len(dtypes), 0.5), (*[0.02] * len(dtypes), 0.0), (*[1.0] * len(dtypes), 2.0)
+    bounds = [*[(0.8, 0.02, 1.05)] * len(dtypes), (0.5, 0.0, 2.0), (0.5, 0.0, 4.0) if cpu else (0.7, 0.3, 1.0)]
+    group = _group("GEMM", points, apply, bounds)
     if not cpu:
-        return Group("GEMM", points, apply, (*first, 0.7), (*low, 0.3), (*high, 1.0)).fitted(hw)
-    tried = [
-        Group("GEMM", points, apply, first, low, high).fitted(replace(hw, gemm=replace(hw.gemm, tiles=((side, side),))))
-        for side in CPU_TILES
-    ]
-    return min(tried, key=lambda found: median([abs(p.error(found)) for p in points] or [0.0]))
+        return group.fitted(hw)
+    tried = [group.fitted(replace(hw, gemm=replace(hw.gemm, tiles=((side, side),)))) for side in CPU_TILES]
+    return min(tried, key=group.loss)
 
 
 def grouped_points(measured: Measurements) -> Points:
@@ -285,7 +284,7 @@ def collective_points(measured: Measurements) -> Points:
     """From `SMALLEST_MESSAGE` on: below, all is latency, of which steps have little."""
 
     def predict(row: CollectiveTime, hw: Hardware) -> float:
-        return collective_seconds(row.kind, row.nbytes, row.ranks, row.ranks_per_node, hw)
+        return collective_seconds(row.kind, row.nbytes, row.ranks, row.ranks_per_node, hw, 0, row.tensors)
 
     return [
         Point(row.kind, row.seconds, lambda hw, row=row: predict(row, hw))  # type: ignore[misc]
@@ -303,11 +302,12 @@ def _fit_collectives(hw: Hardware, measured: Measurements, points: Points) -> Ha
     largest = float(max(row.nbytes for row in measured.collectives))
 
     def apply(hw: Hardware, x: Sequence[float]) -> Hardware:
-        base, ramp, power, ring, exchange, scatter, reduce, *inter = x
+        base, ramp, power, ring, exchange, scatter, reduce, gathered, scattered, *inter = x
         kinds = {"reduce_scatter": scatter, "all_reduce": reduce}
+        tensors = {"all_gather": gathered, "reduce_scatter": scattered}
         found = replace(
             hw.collective, base_seconds=base, ramp_bytes=ramp * largest, ramp_power=power, ring=ring,
-            all_to_all_intra=exchange, nvls=0.0, kind_factor=kinds,
+            all_to_all_intra=exchange, nvls=0.0, kind_factor=kinds, tensor_seconds=tensors,
             inter_ramp_bytes=ramp * largest, inter=ring, all_to_all_inter=exchange,
         )  # fmt: skip
         if inter:
@@ -317,6 +317,7 @@ def _fit_collectives(hw: Hardware, measured: Measurements, points: Points) -> Ha
     quickest = min(point.seconds for point in points)
     bounds = [(0.5 * quickest, 0.01 * quickest, max(4.0 * quickest, 2e-5)), (0.01, 1e-7, 1.0), (1.0, 0.3, 2.0)]
     bounds += [(0.7, 0.02, 1.0), (0.7, 0.02, 2.0), (1.0, 0.2, 5.0), (1.0, 0.2, 5.0)]
+    bounds += [(0.1 * quickest, 0.0, 10.0 * quickest)] * 2
     if several:
         bounds += [(0.8, 0.02, 1.0), (0.7, 0.02, 2.0), (0.05, 1e-7, 2.0)]
     fitted = _group("collectives", points, apply, bounds).fitted(hw)

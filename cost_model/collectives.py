@@ -19,7 +19,7 @@ def channel(ranks: int, ranks_per_node: int) -> str:
 
 
 def collective_seconds(
-    kind: str, nbytes: float, ranks: int, ranks_per_node: int, hw: Hardware, copies: int = 0
+    kind: str, nbytes: float, ranks: int, ranks_per_node: int, hw: Hardware, copies: int = 0, tensors: int = 1
 ) -> float:
     """Seconds of one collective over `ranks` ranks, of which `ranks_per_node` share a node.
 
@@ -27,6 +27,7 @@ def collective_seconds(
     all_to_all the local buffer of one rank (of which (ranks-1)/ranks leaves it); for send_recv the message.
     copies: of an all-to-all, rows of which this many each are copies of one, sent to random ranks, each node and each
     rank receiving one of them at most (0: all rows are sent).
+    tensors: that `nbytes` are made of, gathered or reduced by one call.
     A group of one rank, or no bytes, costs nothing. The other ranks of the node may run the same collective in groups
     of their own at the same time: each GPU has its own NIC.
     """
@@ -35,7 +36,9 @@ def collective_seconds(
     if ranks <= 1 or nbytes <= 0:
         return 0.0
     local = max(1, min(ranks, ranks_per_node))
-    return hw.collective.kind_factor.get(kind, 1.0) * _seconds(kind, nbytes, ranks, local, hw, copies)
+    constants = hw.collective
+    each = (tensors - 1) * constants.tensor_seconds.get(kind, 0.0)
+    return constants.kind_factor.get(kind, 1.0) * _seconds(kind, nbytes, ranks, local, hw, copies) + each
 
 
 def _seconds(kind: str, nbytes: float, ranks: int, local: int, hw: Hardware, copies: int) -> float:

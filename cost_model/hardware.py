@@ -38,6 +38,7 @@ class GemmEfficiency:
     store_fraction: of the time of writing the result that is not hidden behind the products.
     grouped_tokens: a grouped GEMM with M tokens per expert runs at M / (M + grouped_tokens) of a batched one.
     tiles: (rows, columns) of the result that one multiprocessor (on a CPU: one rank's cores) works on at a time.
+    load_fraction: of the time of reading the operands that comes on top (a CPU's kernels pack them first).
     """
 
     max_fraction: Mapping[str, float] = field(hash=False)
@@ -45,6 +46,7 @@ class GemmEfficiency:
     store_fraction: float
     grouped_tokens: float
     tiles: tuple[tuple[int, int], ...] = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 128), (64, 64))
+    load_fraction: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ class CollectiveEfficiency:
     ramp_bytes, ramp_power: message-size ramp, rate = full rate / (1 + (ramp_bytes / bytes) ** ramp_power).
     inter_ramp_bytes: the same across nodes.
     kind_factor: seconds of a kind of collective ("reduce_scatter", ...) relative to the formula; 1 where not listed.
+    tensor_seconds: by kind, of each tensor but the first of those that one call gathers or reduces; 0 where not listed.
     """
 
     ring: float
@@ -96,6 +99,7 @@ class CollectiveEfficiency:
     inter_ramp_bytes: float
     ramp_power: float
     kind_factor: Mapping[str, float] = field(default_factory=dict, hash=False)
+    tensor_seconds: Mapping[str, float] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)

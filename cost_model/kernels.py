@@ -26,7 +26,8 @@ def gemm_seconds(m: float, n: float, k: float, batch: float, dtype: str, hw: Har
     bandwidth = hw.memory_bandwidth * hw.memory_fraction
     reading = batch * width * k * (m + n) / bandwidth
     writing = batch * max(width, 2) * m * n / bandwidth
-    seconds = _tiles_seconds(m, n, k, batch, key, hw) + hw.gemm.store_fraction * writing
+    seconds = _tiles_seconds(m, n, k, batch, key, hw)
+    seconds += hw.gemm.store_fraction * writing + hw.gemm.load_fraction * reading
     return max(seconds, reading + writing, hw.kernel_launch_seconds) + hw.kernel_overhead_seconds
 
 

@@ -78,12 +78,13 @@ class MemoryTime:
 
 @dataclass(frozen=True)
 class CollectiveTime:
-    """nbytes: as in `collectives.collective_seconds`."""
+    """nbytes: as in `collectives.collective_seconds`, of all `tensors` that one call takes."""
 
     kind: str
     nbytes: int
     ranks: int
     ranks_per_node: int
+    tensors: int
     seconds: float
 
 

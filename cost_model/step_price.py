@@ -46,17 +46,19 @@ class Prices:
         named = stack.attention_kernel not in ("", UNFUSED)
         self.hardware = hardware.with_attention_kernel(stack.attention_kernel) if named else hardware
         self.stack = stack
-        self._collectives: dict[tuple[str, float, Group, int], Piece] = {}
+        self._collectives: dict[tuple[str, float, Group, int, int], Piece] = {}
         self._gemms: dict[tuple[float, float, float, float, str], float] = {}
 
-    def collective(self, kind: str, nbytes: float, group: Group, copies: int = 0) -> tuple[Piece, ...]:
+    def collective(
+        self, kind: str, nbytes: float, group: Group, copies: int = 0, tensors: int = 1
+    ) -> tuple[Piece, ...]:
         """The collective as a piece, or nothing when there is nothing to communicate. `nbytes`: the whole tensor, for
-        an all-to-all the local buffer. copies: see `collective_seconds`."""
+        an all-to-all the local buffer. copies, tensors: see `collective_seconds`."""
         if group.trivial or nbytes <= 0:
             return ()
-        key = (kind, nbytes, group, copies)
+        key = (kind, nbytes, group, copies, tensors)
         if key not in self._collectives:
-            seconds = collective_seconds(kind, nbytes, group.size, group.per_node, self.hardware, copies)
+            seconds = collective_seconds(kind, nbytes, group.size, group.per_node, self.hardware, copies, tensors)
             self._collectives[key] = Piece(channel(group.size, group.per_node), seconds, kind)
         return (self._collectives[key],)
 

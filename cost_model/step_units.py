@@ -338,19 +338,23 @@ def local_params(segment: Segment, groups: Groups) -> tuple[float, float]:
 
 
 def _gather(segment: Segment, groups: Groups, options: StepOptions, prices: Prices) -> Chain:
-    dense, expert = local_params(segment, groups)
-    return prices.collective("all_gather", dense * options.param_bytes, groups.shard) + prices.collective(
-        "all_gather", expert * options.param_bytes, groups.expert_shard
-    )
+    return _whole_params("all_gather", segment, groups, options.param_bytes, prices)
 
 
 def _reductions(segment: Segment, gradient: Gradient, groups: Groups, options: StepOptions, prices: Prices) -> Chain:
     """Gradient reductions of a micro-step; sums over replicas come after the last one (`replica_sums`)."""
     if not gradient.weight:
         return ()
+    return _whole_params("reduce_scatter", segment, groups, options.reduce_bytes, prices)
+
+
+def _whole_params(kind: str, segment: Segment, groups: Groups, width: int, prices: Prices) -> Chain:
+    """A collective over the parameters of one instance, `width` bytes an element, and one over its experts."""
     dense, expert = local_params(segment, groups)
-    return prices.collective("reduce_scatter", dense * options.reduce_bytes, groups.shard) + prices.collective(
-        "reduce_scatter", expert * options.reduce_bytes, groups.expert_shard
+    experts = sum(param.expert for param in segment.params)
+    others = len(segment.params) - experts
+    return prices.collective(kind, dense * width, groups.shard, tensors=others) + prices.collective(
+        kind, expert * width, groups.expert_shard, tensors=experts
     )
 
 

@@ -17,10 +17,6 @@ from omnicompile.calibration.timing import Timer
 from omnicompile.cost_model.measurements import CollectiveTime, Together
 
 _c10d = torch.ops._c10d_functional
-TENSORS = 4
-"""Parameters of a layer that are gathered or reduced together."""
-MOST_VOLUME = 256 * 2**20
-"""Bytes that the calls of one sample move in all, about."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +91,7 @@ def _seconds(shape: CollectiveTime, group: dist.ProcessGroup, timer: Timer) -> f
 
 
 def operation(shape: CollectiveTime, group: dist.ProcessGroup, device: torch.device) -> Callable[[], object]:
-    """Does the collective once and waits for it. Gathers and scatters take `TENSORS` tensors, as of a layer."""
+    """Does the collective once and waits for it."""
     start = launcher(shape, group, device)
     return lambda: _wait(start())
 
@@ -103,9 +99,8 @@ def operation(shape: CollectiveTime, group: dist.ProcessGroup, device: torch.dev
 def launcher(shape: CollectiveTime, group: dist.ProcessGroup, device: torch.device) -> Callable[[], list[Tensor]]:
     """Starts the collective; what it returns is to be waited for."""
     size, name = shape.ranks, group.group_name
-    tensors = TENSORS if shape.kind in ("all_gather", "reduce_scatter") else 1
-    numel = max(1, shape.nbytes // (4 * size * tensors)) * size
-    whole = [torch.ones(numel, device=device) for _ in range(tensors)]
+    numel = max(1, shape.nbytes // (4 * size * shape.tensors)) * size
+    whole = [torch.ones(numel, device=device) for _ in range(shape.tensors)]
     parts = [tensor[: numel // size].clone() for tensor in whole]
     each = [numel // size] * size
     starts: dict[str, Callable[[], list[Tensor]]] = {
@@ -130,7 +125,7 @@ def time_together(shapes: Shapes, ranks: Ranks, timer: Timer) -> list[Together]:
         dtype = torch.float32 if timer.device.type == "cpu" else torch.bfloat16
         a = torch.ones(m, k, device=timer.device, dtype=dtype)
         b = torch.ones(k, n, device=timer.device, dtype=dtype)
-        start = launcher(CollectiveTime("all_gather", nbytes, *size, 0.0), ranks.by_size[size], timer.device)
+        start = launcher(CollectiveTime("all_gather", nbytes, *size, 1, 0.0), ranks.by_size[size], timer.device)
 
         def compute(number: int = number, a: Tensor = a, b: Tensor = b) -> None:
             for _ in range(number):

@@ -15,6 +15,8 @@ from omnicompile.cost_model.measurements import (
 )
 
 KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")
+TENSORS = (1, 10)
+"""That one call gathers or reduces: one, and about as many as a layer has parameters."""
 KIB, MIB = 2**10, 2**20
 
 
@@ -54,13 +56,11 @@ def cpu_shapes(quick: bool) -> Shapes:
         grouped=tuple(_grouped(dtypes, tokens, ((384, 192), (192, 192)), 8)),
         attention=tuple(_attention(dtypes, dims, lengths)),
         memory=tuple(MemoryTime(work, size, 0.0) for work, size in product(works, sizes)),
-        message_bytes=(64 * KIB, MIB) if quick else (4 * KIB, 64 * KIB, 256 * KIB, MIB, 4 * MIB, 16 * MIB, 48 * MIB),
-        repeats=3 if quick else 7,
-        shortest=1e-3 if quick else 5e-3,
+        message_bytes=(64 * KIB, MIB) if quick else (64 * KIB, 256 * KIB, MIB, 4 * MIB, 16 * MIB, 48 * MIB),
+        repeats=5 if quick else 15,
+        shortest=1e-3 if quick else 2e-3,
         rotated=32 * MIB if quick else 96 * MIB,
-        beside=(((512, 512, 512), 16, 2 * MIB),)
-        if quick
-        else (((512, 512, 512), 32, 4 * MIB), ((512, 512, 512), 64, 8 * MIB)),
+        beside=tuple(((512, 512, 512), 2 * size, size * MIB) for size in ((4,) if quick else (4, 8, 16))),
         sustained=0.0,
     )
 
@@ -92,9 +92,10 @@ def gpu_shapes(quick: bool, dtypes: tuple[str, ...]) -> Shapes:
 def collectives(message_bytes: Iterable[int], groups: Iterable[tuple[int, int]]) -> list[CollectiveTime]:
     """groups: (ranks, of them on a node)."""
     return [
-        CollectiveTime(kind, nbytes, ranks, local, 0.0)
+        CollectiveTime(kind, nbytes, ranks, local, tensors, 0.0)
         for ranks, local in groups
         for kind, nbytes in product(KINDS, message_bytes)
+        for tensors in (TENSORS if kind in ("all_gather", "reduce_scatter") else (1,))
     ]
 
 

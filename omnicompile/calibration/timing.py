@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from time import perf_counter
+from time import perf_counter, thread_time
 
 import torch
 
@@ -17,15 +17,12 @@ SLOW = 0.05
 """Seconds from which on three samples do."""
 
 
-def typical(seconds: list[float]) -> float:
-    """The lower quartile: others at work on the machine lengthen a sample, nothing shortens one."""
-    return sorted(seconds)[len(seconds) // 4]
-
-
 @dataclass(frozen=True)
 class Timer:
     """repeats: samples; shortest: seconds that each takes at least, by as many calls as that needs. together: waits for
-    the other ranks, so that all of them are at work at the same time."""
+    the other ranks, so that all of them are at work at the same time. The quickest sample counts: others at work on the
+    machine lengthen one, nothing shortens one. A thread alone is timed by its CPU time, which leaves out waiting for a
+    core."""
 
     device: torch.device
     repeats: int
@@ -41,15 +38,16 @@ class Timer:
         for repeat in range(self.repeats if once < SLOW else min(self.repeats, 3)):
             self.together()
             samples.append(self._sample(run, calls, 2 + repeat * calls) / calls)
-        return typical(samples)
+        return min(samples)
 
     def _sample(self, run: Run, calls: int, first: int) -> float:
         if self.device.type == "cuda":
             return self._on_gpu(run, calls, first)
-        start = perf_counter()
+        clock = thread_time if torch.get_num_threads() == 1 else perf_counter
+        start = clock()
         for call in range(first, first + calls):
             run(call)
-        return perf_counter() - start
+        return clock() - start
 
     def _on_gpu(self, run: Run, calls: int, first: int) -> float:
         """Between events on the stream, so that launching does not count where it is hidden."""

@@ -119,7 +119,8 @@ class Prices:
     def _collective(self, node: fx.Node) -> list[Task]:
         ranks, local = self._group(axes_of(node))
         kind = _COLLECTIVES[node.target]  # type: ignore[index]
-        seconds = collective_seconds(kind, volume(node, self.rows), ranks, local, self.hw)
+        tensors = len(node.args[0]) if isinstance(node.args[0], list | tuple) else 1
+        seconds = collective_seconds(kind, volume(node, self.rows), ranks, local, self.hw, tensors=tensors)
         ready = Task(f"{node.name}.ready", COMPUTE, 0.0, "wait")
         return [ready, Task(node.name, channel(ranks, local), seconds, kind, after=(Dep(ready.name),))]
 
