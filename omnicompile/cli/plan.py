@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from omnicompile.cli.arguments import add_cluster, add_model, add_workload, cluster_of, workload_of
 from omnicompile.cli.html import Shown, add_html, check_html, write_html
 from omnicompile.cli.progress import color_wanted, emit, working
+from omnicompile.cli.trace import add_trace, check_trace, write_trace
 from omnicompile.cluster import Cluster
 from omnicompile.errors import InputError
 from omnicompile.workload import Workload
@@ -33,6 +34,8 @@ examples:
       save the plan; edit it, and give it (or any part of it) back with --recipe recipe.yaml
   omnicompile plan model.py --gpus 128 --html report.html
       a page to read and to show: blocks, memory, timeline, other sample lengths and GPU counts
+  omnicompile plan model.py --gpus 128 --trace step.json
+      the timeline of a step, for ui.perfetto.dev
   omnicompile plan package.module:Class --config config.json --gpus 32 --price 2.5
       a class of a package; with the price of a GPU-hour, the cost of a billion tokens
   omnicompile plan model.py --gpu h100 --min-gpus
@@ -77,6 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output = parser.add_argument_group("output")
     output.add_argument("--out", metavar="FILE", help="save the best plan as a recipe (YAML)")
     add_html(output)
+    add_trace(output)
     output.add_argument("--json", action="store_true", help="print JSON for programs")
     output.add_argument(
         "--dry-run",
@@ -93,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
     if args.out is not None and not Path(args.out).resolve().parent.is_dir():
         raise InputError(f"--out {args.out}: directory {Path(args.out).parent} does not exist")
     check_html(args)
+    check_trace(args)
     request, result = _search(args)
     best = result.plans[0]
     if args.out is not None:
@@ -112,6 +117,9 @@ def run(args: argparse.Namespace) -> int:
             write_html(args, shown, show)
     if args.html is not None and not args.json:
         emit(f"page saved as {args.html}")
+    traced = write_trace(args, best, result.program) if args.trace is not None else ""
+    if traced and not args.json:
+        emit(traced)
     if args.dry_run:
         emit(_dry_run(args, best))
     return 0

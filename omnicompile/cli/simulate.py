@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from omnicompile.cli.arguments import add_cluster, add_model, add_workload, cluster_of, workload_of
 from omnicompile.cli.html import Shown, add_html, check_html, write_html
 from omnicompile.cli.progress import color_wanted, emit, working
+from omnicompile.cli.trace import add_trace, check_trace, write_trace
 
 if TYPE_CHECKING:
     from omnicompile.plan import Plan
@@ -44,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--recipe", metavar="FILE", help="the choices of a recipe; --layout goes before them")
     output = parser.add_argument_group("output")
-    output.add_argument("--trace", metavar="FILE", help="write the timeline of a step for Perfetto (JSON)")
+    add_trace(output)
     add_html(output)
     output.add_argument("--json", action="store_true", help="print JSON for programs")
 
@@ -53,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
     from omnicompile.recipe import load_machine, load_pins, split_choices
 
     check_html(args)
+    check_trace(args)
     machine: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
     layout: dict[str, str] = {}
     if args.recipe is not None:
@@ -62,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
     if args.html is not None:
         with working("drawing the page", args.debug) as show:
             write_html(args, Shown([plan], [""], program), show)
+    traced = write_trace(args, plan, program) if args.trace is not None else ""
     if args.json:
         from omnicompile.report.json_view import plans_json
 
@@ -72,8 +75,8 @@ def run(args: argparse.Namespace) -> int:
     emit(plan_text(plan, program, color=color_wanted()))
     if args.html is not None:
         emit(f"\npage saved as {args.html}")
-    if args.trace:
-        emit(f"\ntimeline of the step's last micro-step saved as {args.trace}: open it in ui.perfetto.dev")
+    if traced:
+        emit(f"\n{traced}")
     return 0
 
 
@@ -83,10 +86,8 @@ def _priced(
     from omnicompile.capture.api import capture_program
     from omnicompile.capture.source import load_model_source
     from omnicompile.cost_model.hardware import load_hardware
-    from omnicompile.cost_model.step_model import StepModel
     from omnicompile.planner.given import given_plan
-    from omnicompile.planner.predict import last_micro_step, simulate
-    from omnicompile.report.trace import save_trace
+    from omnicompile.planner.predict import simulate
 
     cluster = cluster_of(args, machine[0])
     load_hardware(cluster.gpu)
@@ -94,8 +95,5 @@ def _priced(
         source = load_model_source(args.model, args.config)
         workload = workload_of(args, source.workload, machine[1])
         program = capture_program(source, workload, source.cacheable and not args.no_cache, show)
-        model = StepModel(program, cluster)
-        plan = simulate(program, given_plan(program, cluster, workload, layout, source.spec), model)
-        if args.trace:
-            save_trace(last_micro_step(plan, model), f"{source.spec} on {cluster.gpus} x {cluster.gpu}", args.trace)
+        plan = simulate(program, given_plan(program, cluster, workload, layout, source.spec))
     return plan, program

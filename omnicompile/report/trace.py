@@ -8,6 +8,7 @@ from pathlib import Path
 from omnicompile.cost_model.schedule import STREAMS
 from omnicompile.cost_model.timeline import Timeline
 from omnicompile.errors import InputError
+from omnicompile.whole_file import write_whole
 
 _MICROSECONDS = 1e6
 STREAM_WORDS = {
@@ -39,6 +40,6 @@ def trace_events(line: Timeline, title: str) -> dict[str, object]:
 def save_trace(line: Timeline, title: str, path: str | Path) -> None:
     """Raises InputError if the file cannot be written."""
     try:
-        Path(path).write_text(json.dumps(trace_events(line, title)))
+        write_whole(path, json.dumps(trace_events(line, title)))
     except OSError as error:
         raise InputError(f"cannot write the trace {path}: {error}") from error

@@ -72,3 +72,13 @@ def test_a_page_is_written_whole_or_not_at_all(
     assert outcome.code == 2
     assert outcome.err == f"error: --html {page}: cannot be written: No space left on device\n"
     assert page.read_text() == "before" and list(tmp_path.iterdir()) == [page]
+
+
+def test_plan_writes_a_timeline(run: Run, model: str, tmp_path: Path) -> None:
+    trace = tmp_path / "step.json"
+    outcome = run("plan", model, "--gpus", "8", "--seq-len", "4096", "--trace", str(trace))
+    assert outcome.code == 0 and f"saved as {trace}: open it in ui.perfetto.dev" in outcome.out
+    names = {event["name"] for event in json.loads(trace.read_text())["traceEvents"]}
+    assert {"compute", "optimizer"} <= names
+    outcome = run("plan", model, "--gpus", "8", "--trace", f"{tmp_path}/missing/step.json")
+    assert outcome.code == 2 and "directory" in outcome.err and outcome.err.count("\n") == 1
