@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
+from typing import Any
 
 import numpy as np
 
@@ -72,31 +73,36 @@ def _start(measured: Measurements, base: Hardware | None) -> Hardware:
     bandwidth = bandwidth or (base.memory_bandwidth if base else 1e10)
     peaks = _peaks(measured, base)
     link = _intra_link(measured, base)
-    neutral = Hardware(
-        name=machine.name,
-        description=machine.description,
-        aliases=(),
-        memory_bytes=machine.memory_bytes,
-        context_bytes=machine.context_bytes,
-        memory_reserve_fraction=base.memory_reserve_fraction if base else 0.05,
-        peak_flops=peaks,
-        memory_bandwidth=base.memory_bandwidth if base else bandwidth,
-        memory_fraction=1.0,
-        sm_count=machine.cores if not cpu else 1,
-        kernel_launch_seconds=measured.launch,
-        sustained_fraction=1.0,
-        intra_link=link,
-        inter_link=_inter_link(measured, base, link),
-        host_link=_host_link(measured, base, bandwidth),
-        gemm=GemmEfficiency(dict.fromkeys(peaks, 1.0), 1.0, 0.0, 0.0),
-        attention={} if base is None else dict(base.attention),
-        attention_kernel=KERNEL,
-        collective=base.collective if base else CollectiveEfficiency(1.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 1.0),
-        contention_factor=base.contention_factor if base else 0.0,
+    found: dict[str, Any] = {
+        "name": machine.name,
+        "description": machine.description,
+        "aliases": (),
+        "memory_bytes": machine.memory_bytes,
+        "context_bytes": machine.context_bytes,
+        "peak_flops": peaks,
+        "memory_fraction": 1.0,
+        "sm_count": 1 if cpu else machine.cores,
+        "kernel_launch_seconds": measured.launch,
+        "kernel_overhead_seconds": measured.launch if cpu else 0.0,
+        "sustained_fraction": 1.0,
+        "intra_link": link,
+        "inter_link": _inter_link(measured, base, link),
+        "host_link": _host_link(measured, base, bandwidth),
+        "gemm": GemmEfficiency(dict.fromkeys(peaks, 1.0), 1.0, 0.0, 0.0),
+    }
+    if measured.attention or base is None:
+        neutral = AttentionEfficiency({64: 1.0}, {64: 1.0}, 0.0, 0.0, 1.0, 0.0, 0.0, 1.0)
+        found["attention"] = {KERNEL: neutral} if base is None else {**base.attention, KERNEL: neutral}
+        found["attention_kernel"] = KERNEL
+    if base is not None:
+        return replace(base, **found)
+    return Hardware(
+        **found,
+        memory_reserve_fraction=0.05,
+        memory_bandwidth=bandwidth,
+        collective=CollectiveEfficiency(1.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 1.0),
+        contention_factor=0.0,
     )
-    if cpu:
-        neutral = replace(neutral, kernel_overhead_seconds=measured.launch)
-    return neutral
 
 
 def _peaks(measured: Measurements, base: Hardware | None) -> dict[str, float]:
@@ -202,7 +208,7 @@ def _fit_gemm(hw: Hardware, points: Points, cpu: bool) -> Hardware:
         changed = replace(gemm, load_fraction=other) if cpu else replace(gemm, small_tile_fraction=other)
         return replace(hw, gemm=changed)
 
-    bounds = [*[(0.8, 0.02, 1.05)] * len(dtypes), (0.5, 0.0, 2.0), (0.5, 0.0, 4.0) if cpu else (0.7, 0.3, 1.0)]
+    bounds = [*[(0.8, 0.02, 1.1)] * len(dtypes), (0.5, 0.0, 2.0), (0.5, 0.0, 4.0) if cpu else (0.7, 0.3, 1.0)]
     group = _group("GEMM", points, apply, bounds)
     if not cpu:
         return group.fitted(hw)
@@ -254,7 +260,7 @@ def _fit_attention(hw: Hardware, measured: Measurements, dtype: str) -> Hardware
     dims = sorted({row.head_dim for row in rows})
     largest = float(max(row.segments * row.length * row.heads * row.head_dim for row in rows))
     cpu = measured.machine.device == "cpu"
-    name = KERNEL if KERNEL not in hw.attention else f"{KERNEL}.{dtype}"
+    name = KERNEL if dtype == measured.attention[0].dtype else f"{KERNEL}.{dtype}"
 
     def apply(hw: Hardware, x: Sequence[float]) -> Hardware:
         forward, backward = (dict(zip(dims, x[i * len(dims) :])) for i in (0, 1))

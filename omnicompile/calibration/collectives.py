@@ -32,6 +32,13 @@ class Ranks:
         if self.world > 1:
             dist.barrier()
 
+    def most(self, value: float) -> float:
+        if self.world == 1:
+            return value
+        found = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+        return float(found)
+
     def mean(self, values: list[float], device: torch.device) -> list[float]:
         """Over the ranks, of each value."""
         if self.world == 1:
@@ -68,9 +75,7 @@ def time_collectives(shapes: Shapes, ranks: Ranks, timer: Timer, say: Callable[[
     found = []
     for shape in collectives(shapes.message_bytes, ranks.by_size):
         group = ranks.by_size[shape.ranks, shape.ranks_per_node]
-        seconds = torch.tensor(_seconds(shape, group, timer), dtype=torch.float64, device=timer.device)
-        dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
-        found.append(replace(shape, seconds=float(seconds)))
+        found.append(replace(shape, seconds=ranks.most(_seconds(shape, group, timer))))
         if shape.nbytes == shapes.message_bytes[-1]:
             say(f"{shape.kind} over {shape.ranks} ranks")
     return found

@@ -55,7 +55,7 @@ class Session:
 
 def session(device: torch.device, ranks: Ranks, quick: bool, say: Say) -> Session:
     shapes = gpu_shapes(quick, gpu_dtypes(device)) if device.type == "cuda" else cpu_shapes(quick)
-    timer = Timer(device, shapes.repeats, shapes.shortest, ranks.barrier)
+    timer = Timer(device, shapes.repeats, shapes.shortest, ranks.barrier, ranks.most)
     return Session(shapes, ranks, timer, kernels.Place(device, shapes.rotated), say, [])
 
 

@@ -22,17 +22,18 @@ class Timer:
     """repeats: samples; shortest: seconds that each takes at least, by as many calls as that needs. together: waits for
     the other ranks, so that all of them are at work at the same time. The quickest sample counts: others at work on the
     machine lengthen one, nothing shortens one. A thread alone is timed by its CPU time, which leaves out waiting for a
-    core."""
+    core. longest: the most of a number over the ranks, which all take part in."""
 
     device: torch.device
     repeats: int
     shortest: float
     together: Callable[[], None]
+    longest: Callable[[float], float] = float
 
     def seconds(self, run: Run) -> float:
         """Of one call."""
         run(0)
-        once = self._sample(run, 1, 1)
+        once = self.longest(self._sample(run, 1, 1))
         calls = min(MOST_CALLS, max(1, math.ceil(self.shortest / max(once, 1e-7))))
         samples = []
         for repeat in range(self.repeats if once < SLOW else min(self.repeats, 3)):
