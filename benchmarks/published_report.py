@@ -14,6 +14,8 @@ from published_statistics import (
     SWEEP_LAYOUTS,
     SWEEP_TOLERANCE,
     Errors,
+    corrected,
+    corrected_by_others,
     errors,
     factor,
     grouped,
@@ -23,6 +25,7 @@ from published_statistics import (
     memory_headline,
     memory_ratios,
     parallelism,
+    plain,
     ratios,
     sweeps,
     timed,
@@ -72,16 +75,19 @@ def _headlines(outcomes: Sequence[Outcome]) -> list[str]:
     )
     cells = []
     for name, group in eras:
-        plain, corrected = headline(group, False), headline(group, True)
-        if plain and corrected:
-            cells.append([name, *_cells(plain), f"**{corrected.median:.1%}**", f"**{corrected.p90:.1%}**"])
+        raw, then, others = (headline(group, way) for way in (plain, corrected, corrected_by_others))
+        if raw and then:
+            beside = [f"{others.median:.1%}", f"{others.p90:.1%}"] if others else ["-", "-"]
+            cells.append([name, *_cells(raw), f"**{then.median:.1%}**", f"**{then.p90:.1%}**", *beside])
     if cells:
         lines += ["H100 and A100, medians over publishers of the publisher's median and 90th percentile:"]
-        lines += [*table(("rows", "rows", "median", "p90", "bias", "median then", "p90 then"), cells), ""]
+        header = ("rows", "rows", "median", "p90", "bias", "median then", "p90 then", "by others", "p90 by others")
+        lines += [*table(header, cells), ""]
     return [
         *lines,
         "Error: predicted / measured - 1. Bias: its median with sign. Factor: of one publisher, the median of "
-        "measured / predicted; the last two columns are the errors when predictions are multiplied by it.",
+        "measured / predicted; then: the errors when predictions are multiplied by it. By others: "
+        "when each row is multiplied by the factor of the publisher's other rows.",
     ]
 
 
@@ -104,9 +110,9 @@ def _time_table(title: str, groups: Any, values_of: Callable[[Sequence[Outcome]]
     for name, group in groups:
         values = values_of(group)
         if values:
-            scale = factor(values)
-            after = errors([v * scale for v in values])
-            cells.append([name, *_cells(errors(values)), f"{scale:.3f}", f"{after.median:.1%}", f"{after.p90:.1%}"])
+            then = corrected(values)
+            after = [f"{factor(values):.3f}", f"{then.median:.1%}", f"{then.p90:.1%}"]
+            cells.append([name, *_cells(plain(values)), *after])
     return table((title, "rows", "median", "p90", "bias", "factor", "median then", "p90 then"), cells)
 
 
@@ -123,12 +129,12 @@ def _memory(outcomes: Sequence[Outcome]) -> list[str]:
         "Allocated: bytes of tensors. Reserved: with the allocator's slack. Device: with the context too. Values are "
         "taken as GiB, whatever their label.",
     ]  # fmt: skip
-    plain, corrected = memory_headline(outcomes, False), memory_headline(outcomes, True)
-    if plain and corrected:
+    raw, then = memory_headline(outcomes, plain), memory_headline(outcomes, corrected)
+    if raw and then:
         lines += [
             "",
-            f"Rows that count, medians over publishers: median error **{plain.median:.1%}**, 90th percentile "
-            f"{plain.p90:.1%}; after one factor per publisher **{corrected.median:.1%}** and {corrected.p90:.1%}.",
+            f"Rows that count, medians over publishers: median error **{raw.median:.1%}**, 90th percentile "
+            f"{raw.p90:.1%}; after one factor per publisher **{then.median:.1%}** and {then.p90:.1%}.",
         ]
     groups = {"all": rows} | grouped(rows, _memory_group)
     return lines + _time_table("publisher", groups.items(), memory_ratios)
@@ -192,11 +198,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str]:
 
 def data(outcomes: Sequence[Outcome], skipped: Sequence[Skipped]) -> dict[str, Any]:
     """Everything as plain values: seconds, bytes, ratios of predicted over measured."""
-    plain, corrected = headline(outcomes, False), headline(outcomes, True)
+    raw, then = headline(outcomes, plain), headline(outcomes, corrected)
     by_suite = grouped(timed(outcomes), lambda o: [o.spec.suite])
     return {
-        "headline": asdict(plain) if plain else None,
-        "headline_after_factors": asdict(corrected) if corrected else None,
+        "headline": asdict(raw) if raw else None,
+        "headline_after_factors": asdict(then) if then else None,
         "publishers": {n: asdict(errors(ratios(g))) | {"factor": factor(ratios(g))} for n, g in by_suite.items()},
         "sweeps": [asdict(s) | {"hit": s.hit} for s in sweeps(outcomes)],
         "rows": [_row_data(o) for o in outcomes],

@@ -98,28 +98,47 @@ def memory_ratios(outcomes: Sequence[Outcome]) -> list[float]:
     return [o.memory_ratio for o in outcomes if o.memory_ratio is not None]
 
 
-def headline(outcomes: Sequence[Outcome], corrected: bool) -> Errors | None:
+def plain(values: Sequence[float]) -> Errors:
+    """Errors as they are."""
+    return errors(values)
+
+
+def corrected(values: Sequence[float]) -> Errors:
+    """Errors after the one factor of these rows."""
+    scale = factor(values)
+    return errors([v * scale for v in values])
+
+
+def corrected_by_others(values: Sequence[float]) -> Errors | None:
+    """Errors after a factor that, for each row, is that of the other rows; None for a single row."""
+    if len(values) < 2:
+        return None
+    others = (factor([*values[:i], *values[i + 1 :]]) for i in range(len(values)))
+    return errors([v * scale for v, scale in zip(values, others)])
+
+
+Correction = Callable[[Sequence[float]], Errors | None]
+
+
+def headline(outcomes: Sequence[Outcome], correction: Correction) -> Errors | None:
     """Of step time over H100 and A100 rows, see `over_publishers`."""
-    return over_publishers([o for o in timed(outcomes) if is_h100_or_a100(o)], ratios, corrected)
+    return over_publishers([o for o in timed(outcomes) if is_h100_or_a100(o)], ratios, correction)
 
 
-def memory_headline(outcomes: Sequence[Outcome], corrected: bool) -> Errors | None:
+def memory_headline(outcomes: Sequence[Outcome], correction: Correction) -> Errors | None:
     """Of peak memory over all rows that count, see `over_publishers`."""
     rows = [o for o in outcomes if o.memory_ratio is not None and not o.spec.weak]
-    return over_publishers(rows, memory_ratios, corrected)
+    return over_publishers(rows, memory_ratios, correction)
 
 
 def over_publishers(
-    rows: Sequence[Outcome], values_of: Callable[[Sequence[Outcome]], list[float]], corrected: bool
+    rows: Sequence[Outcome], values_of: Callable[[Sequence[Outcome]], list[float]], correction: Correction
 ) -> Errors | None:
-    """Medians over publishers of their median, 90th percentile and bias. corrected: after one factor for each."""
-    if not rows:
+    """Medians over publishers of their median, 90th percentile and bias."""
+    groups = grouped(rows, lambda o: [o.spec.suite]).values()
+    found = [e for group in groups if (e := correction(values_of(group))) is not None]
+    if not found:
         return None
-    found = []
-    for group in grouped(rows, lambda o: [o.spec.suite]).values():
-        values = values_of(group)
-        scale = factor(values) if corrected else 1.0
-        found.append(errors([v * scale for v in values]))
     parts = [[e.median for e in found], [e.p90 for e in found], [e.bias for e in found]]
     median, p90, bias = (percentile(part, 0.5) for part in parts)
     return Errors(len(rows), median, p90, bias)

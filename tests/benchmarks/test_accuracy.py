@@ -54,6 +54,12 @@ def test_the_factor_makes_the_median_one(statistics: ModuleType) -> None:
     assert statistics.factor(ratios) == pytest.approx(1 / 0.8)
 
 
+def test_a_factor_of_the_other_rows_has_not_seen_the_row(statistics: ModuleType) -> None:
+    found = statistics.corrected_by_others([1.0, 2.0])
+    assert (found.rows, found.median, found.p90) == (2, pytest.approx(0.75), pytest.approx(0.95))  # 0.5 and 2.0
+    assert statistics.corrected_by_others([1.0]) is None
+
+
 def test_the_headline_is_a_median_over_publishers_of_rows_that_count(statistics: ModuleType, spec: Any) -> None:
     outcomes = [
         *(outcome(spec, f"ONE-{i}", 1.0, 1.1) for i in range(9)),
@@ -63,7 +69,8 @@ def test_the_headline_is_a_median_over_publishers_of_rows_that_count(statistics:
         outcome(spec, "FOUR-1", 1.0, 9.0, gpu_text="B200-SXM"),
         outcome(spec, "FIVE-1", 1.0, 9.0, weak="routing"),
     ]
-    plain, corrected = statistics.headline(outcomes, False), statistics.headline(outcomes, True)
+    ways = (statistics.plain, statistics.corrected)
+    plain, corrected = (statistics.headline(outcomes, way) for way in ways)
     assert (plain.rows, plain.median) == (12, pytest.approx(0.3))
     assert corrected.median == pytest.approx(0.0)
     assert [o.spec.id for o in statistics.timed(outcomes, weak=True)] == ["FIVE-1"]
