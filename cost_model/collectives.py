@@ -47,7 +47,8 @@ def _seconds(kind: str, nbytes: float, ranks: int, local: int, hw: Hardware, cop
     if kind == "all_to_all":
         return _all_to_all(nbytes, ranks, local, nodes, hw, copies)
     if kind == "send_recv":
-        rate = hw.collective.ring * hw.intra_link.bytes_per_second if local > 1 else _network_rate(1, hw)
+        inside = ranks <= local  # otherwise the slowest of the hops leaves the node
+        rate = hw.collective.ring * hw.intra_link.bytes_per_second if inside else _network_rate(1, hw)
         return hw.collective.base_seconds + _ramped(nbytes, rate, nbytes, nodes, hw)
     if kind == "all_reduce":
         ring = _ring(2.0 * (ranks - 1) / ranks, 2, nbytes, ranks, local, nodes, hw)

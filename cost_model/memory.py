@@ -63,9 +63,9 @@ def static_memory(
     gradients = local * options.reduce_bytes
     if whole_gradients:
         gradients = sum(sum(local_params(s, groups)) * s.count for s in segments) * options.reduce_bytes
-    if offload_optimizer:
-        return StaticMemory(local * options.param_bytes, gradients, 0.0, local)
     updated = dense / groups.states.size + expert / groups.expert_states.size
+    if offload_optimizer:
+        return StaticMemory(local * options.param_bytes, gradients, 0.0, updated)
     copy = options.param_bytes if groups.resident and options.param_bytes != options.master_bytes else 0
     if groups.zero1:  # every rank has all parameters, and a part of the master weights
         whole = local * options.param_bytes + (updated * options.master_bytes if copy else 0.0)

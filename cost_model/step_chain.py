@@ -40,7 +40,7 @@ def attention_exchange_bytes(op: OpNumbers, split: Split) -> tuple[tuple[float, 
     assert shape is not None
     sp = split.heads
     share = ACTIVATION_BYTES / sp / split.tensor / split.context
-    kv_heads = max(shape.kv_heads, sp)
+    kv_heads = max(shape.kv_heads, sp * split.tensor)
     output = op.q_tokens * shape.heads * shape.v_head_dim * share
     query = op.q_tokens * shape.heads * shape.head_dim * share
     key = op.kv_tokens * kv_heads * shape.head_dim * share
@@ -73,6 +73,12 @@ def _expert_exchange(op: OpNumbers, split: Split, groups: Groups, prices: Prices
     assert op.op.experts is not None
     copies = op.op.experts.top_k if prices.stack.dedup_dispatch else 0
     return prices.collective("all_to_all", expert_exchange_bytes(op, split), groups.experts, copies)
+
+
+def _shared_experts(kind: str, op: OpNumbers, split: Split, groups: Groups, prices: Prices) -> Chain:
+    """Ranks that share an expert gather their rows before it and sum its results after it."""
+    nbytes = expert_exchange_bytes(op, split) * groups.expert_tensor.size
+    return prices.collective(kind, nbytes, groups.expert_tensor)
 
 
 def launched(chain: Chain, ops: Sequence[OpNumbers], prices: Prices) -> Chain:
@@ -117,10 +123,12 @@ def op_chain(
             continue
         if experts and i == experts[0]:
             pieces += _expert_exchange(op, split, groups, prices)
+            pieces += _shared_experts("all_gather", op, split, groups, prices)
         pieces.append(compute)
         if op.op.attention is not None:
             pieces += ring_pieces(op, seconds[i], split, groups, prices)
         if experts and i == experts[-1]:
+            pieces += _shared_experts("reduce_scatter", op, split, groups, prices)
             pieces += _expert_exchange(op, split, groups, prices)
         pieces += beside.after
     return merge(pieces)

@@ -36,10 +36,11 @@ class Groups:
     """The groups that one block communicates in.
 
     sequence: ranks that share a micro-batch and exchange heads for tokens around attention (Ulysses). experts: ranks
-    among which experts are dealt out. shard / expert_shard: ranks among which (the rest of) a parameter is sharded.
-    replica / expert_replica: ranks with equal shards, whose gradients are summed. tensor: ranks that share every
+    among which experts are dealt out; expert_tensor: ranks that share an expert. shard / expert_shard: ranks among
+    which (the rest of) a parameter is sharded. replica / expert_replica: ranks with equal shards, whose gradients are
+    summed; states / expert_states: those among which the optimizer's state is dealt out. tensor: ranks that share every
     matrix; context: ranks that share a micro-batch and pass keys and values around a ring; stages: neighbours of a
-    pipeline. states / expert_states: ranks with equal shards among which the optimizer's state is dealt out.
+    pipeline.
     """
 
     sequence: Group
@@ -51,7 +52,7 @@ class Groups:
     tensor: Group = SOLO
     context: Group = SOLO
     stages: Group = SOLO
-    expert_tp: int = 1
+    expert_tensor: Group = SOLO
     states: Group = SOLO
     expert_states: Group = SOLO
 
@@ -92,7 +93,7 @@ def block_groups(mesh: Mesh, plan: BlockPlan, gpus_per_node: int, stack: Stack =
         tensor=group(mesh.tp, 1),
         context=group(mesh.cp, mesh.tp),
         stages=group(mesh.pp, stage),
-        expert_tp=stack.expert_tp,
+        expert_tensor=group(stack.expert_tp, 1),
         states=group(inner, mesh.tp) if zero1 else SOLO,
         expert_states=group(expert_states, owners) if zero1 else SOLO,
     )

@@ -138,7 +138,8 @@ class StepModel:
         groups = self._groups(mesh, plan, options.stack)
         key = (
             name, plan.layout, plan.recompute, plan.offload, groups.sequence, groups.experts, groups.tensor,
-            groups.context, options.micro_batch, loss_head, frozen, options.stack,
+            groups.context, groups.expert_tensor, options.micro_batch, loss_head, frozen, options.param_bytes,
+            options.stack,
         )  # fmt: skip
         if key not in self._work:
             self._work[key] = self._block_work(name, plan, mesh, groups, options, frozen)

@@ -99,15 +99,19 @@ class Prices:
 
     def _gemm(self, sizes: tuple[float, float, float], numbers: OpNumbers, layer: bool) -> float:
         dtype = (layer and self.stack.gemm_dtype) or numbers.op.dtype
-        plain = dtype.removesuffix(ROWWISE)
+        plain, rate, casts = self._lowered(dtype)
         key = (*sizes, numbers.batch, plain)
         if key not in self._gemms:
             self._gemms[key] = gemm_seconds(*key, self.hardware)
         if dtype == numbers.op.dtype:
             return self._gemms[key]
-        rate, casts = (ROWWISE_FRACTION, 2) if plain != dtype else (1.0, 1)
-        rate *= self.hardware.float8_gain if self.hardware.dtype_key(plain) == "float8" else 1.0
         return self._gemms[key] / rate + self.memory(casts * _quantized(*sizes, numbers) * QUANTIZE_BYTES)
+
+    def _lowered(self, dtype: str) -> tuple[str, float, int]:
+        """The dtype as the hardware file names it, rate relative to its file's, and casts of each operand."""
+        plain = dtype.removesuffix(ROWWISE)
+        rate, casts = (ROWWISE_FRACTION, 2) if plain != dtype else (1.0, 1)
+        return plain, rate * (self.hardware.float8_gain if self.hardware.dtype_key(plain) == "float8" else 1.0), casts
 
     def _attention(self, numbers: OpNumbers, split: Split) -> float:
         """Heads split: some heads of all rows. Otherwise all heads of the rank's own rows."""
@@ -139,14 +143,16 @@ class Prices:
         """Gate, up and down products of a forward; a backward takes as many times that as it has FLOPs."""
         shape, tensor = numbers.op.experts, self.stack.expert_tp
         assert shape is not None
-        dtype = self.stack.gemm_dtype.removesuffix(ROWWISE) or numbers.op.dtype
+        dtype, rate, casts = self._lowered(self.stack.gemm_dtype or numbers.op.dtype)
         owned = shape.experts / ep
         rows = numbers.tokens / split.rows(False) * shape.top_k * tensor
         inner = shape.intermediate / tensor
         up = grouped_gemm_seconds(rows / owned, 2 * inner, shape.hidden, owned, dtype, self.hardware)
         down = grouped_gemm_seconds(rows / owned, shape.hidden, inner, owned, dtype, self.hardware)
         forward_flops = 6.0 * numbers.tokens * shape.top_k * shape.hidden * shape.intermediate
-        products = (up + down) * numbers.flops / forward_flops if forward_flops else 0.0
+        products = (up + down) / rate * numbers.flops / forward_flops if forward_flops else 0.0
+        if dtype != numbers.op.dtype:
+            products += self.memory(casts * rows * (shape.hidden + inner) * QUANTIZE_BYTES)
         return max(
             products, self.memory(numbers.activation_bytes / split.rows(False) + numbers.param_bytes / ep / tensor)
         )

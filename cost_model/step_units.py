@@ -190,21 +190,19 @@ def _again(
 ) -> Chain:
     """What runs again. Attention whose results are kept takes no time, but what goes into it and what comes out of it
     is exchanged again: the backward reads both on the other side of the exchange."""
-    indices = set(step_chain.recompute_indices(numbers, policy))
+    again = set(step_chain.recompute_indices(numbers, policy))
     if stack.recompute_whole and policy is Recompute.FULL:
-        indices = set(step_chain.forward_indices(numbers))
+        again = set(step_chain.forward_indices(numbers))
     kept = step_chain.kept_attention(numbers, policy)
     times = [0.0 if i in kept else time for i, time in enumerate(seconds)]
-    share = stack.recompute_share
-    if share < 1 and indices:
-        times = [time * share for time in times]
-    if stack.recompute_attention:
-        indices |= {
-            i
-            for i, op in enumerate(numbers.ops)
-            if op.op.attention is not None and op.op.phase is Phase.FORWARD and i not in kept
-        }
-    return _chain(numbers, sorted(indices | kept.keys()), times, split, groups, prices, "recompute")
+    chain = _chain(numbers, sorted(again | kept.keys()), times, split, groups, prices, "recompute")
+    if stack.recompute_share < 1:
+        chain = tuple(Piece(p.stream, p.seconds * stack.recompute_share, p.kind) for p in chain)
+    if not stack.recompute_attention:
+        return chain
+    forward = [i for i in step_chain.forward_indices(numbers) if i not in again]
+    attention = [i for i in forward if numbers.ops[i].op.attention is not None]
+    return chain + _chain(numbers, attention, seconds, split, groups, prices, "recompute")
 
 
 def _kept(
@@ -281,13 +279,15 @@ def unit_weights(
     refresh = _refreshes([segment], groups, options, prices, 1) if beside else ()
     if keeps_whole(plan, options):
         gather, refresh, reduce, once = (), (*gather, *refresh), (), (*reduce, *once)
+    # Other stacks keep a copy of whole parameters in compute precision, and add gradients up where they are reduced.
+    casts = not groups.resident or options.stack == OURS
     return UnitWeights(
         gather=gather,
         regather=plan.reshard and gradient.any,
         reduce=reduce,
-        cast=_casts(segment, groups, options.master_bytes, options.param_bytes, True, prices),
+        cast=_casts(segment, groups, options.master_bytes, options.param_bytes, True, prices) if casts else 0.0,
         gradient_cast=_casts(segment, groups, options.param_bytes, options.reduce_bytes, False, prices)
-        if gradient.weight
+        if casts and gradient.weight
         else 0.0,
         gathered=0.0 if groups.resident else local * options.param_bytes,
         gradient=local * options.param_bytes if gradient.weight else 0.0,
@@ -310,8 +310,10 @@ def segment_policy(segment: Segment, policy: Recompute) -> Recompute:
 def op_seconds(numbers: SegmentNumbers, split: Split, ep: int, chunked: bool, prices: Prices) -> tuple[float, ...]:
     """Seconds of every op of a segment; in a chunked loss head as that many smaller ops, never faster than whole."""
     layer = numbers.segment.role == "layer"
-    roles, width = tensor_parallel.roles(numbers), tensor_parallel.stream_width(numbers)
-    inner = [role.inner for role in roles]
+    inner, width = [False] * len(numbers.ops), 0.0
+    if split.tensor > 1:
+        inner = [role.inner for role in tensor_parallel.roles(numbers)]
+        width = tensor_parallel.stream_width(numbers)
     slower = UNFUSED_LOSS_TRAFFIC if numbers.segment.logits is not None and not prices.stack.fused_loss else 1.0
     whole = tuple(
         prices.op(op, split, ep, own, width, layer) * (slower if op.op.kind is OpKind.MEMORY else 1.0)
@@ -334,7 +336,7 @@ def all_params(segment: Segment) -> tuple[int, int]:
 def local_params(segment: Segment, groups: Groups) -> tuple[float, float]:
     """(dense, expert) parameters of one instance, shared ones included, that one rank works with."""
     dense, expert = all_params(segment)
-    return dense / groups.tensor.size, expert / groups.experts.size / groups.expert_tp
+    return dense / groups.tensor.size, expert / groups.experts.size / groups.expert_tensor.size
 
 
 def _gather(segment: Segment, groups: Groups, options: StepOptions, prices: Prices) -> Chain:
@@ -378,7 +380,7 @@ def owned_params(segments: Sequence[Segment], groups: Groups, instances: int | N
         expert += segment.expert_param_count * count
         dense += (segment.param_count - segment.expert_param_count) * count
     dense /= groups.tensor.size * groups.shard.size
-    return dense, expert / (groups.experts.size * groups.expert_tp * groups.expert_shard.size)
+    return dense, expert / (groups.experts.size * groups.expert_tensor.size * groups.expert_shard.size)
 
 
 def _sums(
@@ -424,7 +426,7 @@ def _casts(segment: Segment, groups: Groups, before: int, after: int, shards: bo
         return 0.0
     seconds = 0.0
     for param in segment.params:
-        numel = param.numel / (groups.experts.size * groups.expert_tp if param.expert else groups.tensor.size)
+        numel = param.numel / (groups.experts.size * groups.expert_tensor.size if param.expert else groups.tensor.size)
         if shards:
             numel /= (groups.expert_shard if param.expert else groups.shard).size
         seconds += prices.memory(numel * (before + after))

@@ -37,20 +37,24 @@ class Role:
 
 def roles(numbers: SegmentNumbers) -> tuple[Role, ...]:
     """The role of every operator of a segment."""
-    if numbers.segment.role == "head":
+    role = numbers.segment.role
+    if role == "head":
         return tuple(_head_role(op) for op in numbers.ops)
-    if numbers.segment.role != "layer":
-        return (Role(Cut.NONE, False),) * len(numbers.ops)
+    if role != "layer":  # an embedding's table is split by vocabulary
+        return (Role(Cut.NONE, role == "embed"),) * len(numbers.ops)
     width = stream_width(numbers)
+    routers = {float(op.op.experts.experts) for op in numbers.ops if op.op.experts is not None}
     forward = [op for op in numbers.ops if op.op.phase is Phase.FORWARD]
     backward = [op for op in numbers.ops if op.op.phase is Phase.BACKWARD]
-    return (*_forward_roles(forward, width), *_backward_roles(backward, width))
+    found = _forward_roles(forward, width, routers)
+    return (*found, *_backward_roles(backward, list(zip(forward, found))))
 
 
 def stream_width(numbers: SegmentNumbers) -> float:
-    """Elements per token of what flows into a layer."""
+    """Elements per token of what flows out of a layer (into a loss head)."""
     rows = [op.m for op in numbers.ops if op.op.kind is OpKind.GEMM and op.op.token_dim == "m"]
-    return numbers.input_bytes / ACTIVATION_BYTES / rows[0] if rows else 0.0
+    nbytes = numbers.input_bytes if numbers.segment.role == "head" else numbers.output_bytes
+    return nbytes / ACTIVATION_BYTES / rows[0] if rows and rows[0] else 0.0
 
 
 def sublayers(numbers: SegmentNumbers) -> int:
@@ -62,18 +66,19 @@ def sublayers(numbers: SegmentNumbers) -> int:
 def _head_role(op: OpNumbers) -> Role:
     """The vocabulary is split: logits and what follows are inner, the norm before is not."""
     if op.op.kind is OpKind.GEMM:
-        if op.op.token_dim == "k":
-            return Role(Cut.WEIGHT, True)
-        return Role(Cut.COLUMN, True)
+        return Role(Cut.WEIGHT if op.op.token_dim == "k" else Cut.COLUMN, True)
     return Role(Cut.NONE, op.op.dtype == "float32" or op.op.target.startswith("aten._to_copy"))
 
 
-def _forward_roles(ops: Sequence[OpNumbers], width: float) -> list[Role]:
+def _forward_roles(ops: Sequence[OpNumbers], width: float, routers: set[float]) -> list[Role]:
+    """routers: numbers of experts; a product with as many columns is a router, which every rank runs on its rows."""
     found, inner, attended = [], False, False
     for op in ops:
         if op.op.kind is OpKind.ATTENTION:
             inner = attended = True
             found.append(Role(Cut.NONE, True))
+        elif op.op.kind is OpKind.GEMM and op.n in routers:
+            found.append(Role(Cut.NONE, False))
         elif op.op.kind is OpKind.GEMM:
             row = inner and op.n == width and (op.k != width or attended)
             inner, attended = not row, attended and not row
@@ -83,24 +88,33 @@ def _forward_roles(ops: Sequence[OpNumbers], width: float) -> list[Role]:
     return found
 
 
-def _backward_roles(ops: Sequence[OpNumbers], width: float) -> list[Role]:
-    """Input gradients of row products come first in a backward: they give something else than the stream's width, or
-    (an attention's output projection) the width itself while outside."""
-    found, inner, attended = [], False, False
+def _backward_roles(ops: Sequence[OpNumbers], forward: list[tuple[OpNumbers, Role]]) -> list[Role]:
+    """An input gradient has the role of the forward product whose dimensions it exchanges, the latest one first."""
+    products = [(op, role) for op, role in forward if op.op.kind is OpKind.GEMM]
+    found, inner = [], False
     for op in ops:
         if op.op.kind is OpKind.ATTENTION:
-            inner = attended = True
+            inner = True
             found.append(Role(Cut.NONE, True))
         elif op.op.kind is OpKind.GEMM and op.op.token_dim == "k":
             found.append(Role(Cut.WEIGHT, True))
         elif op.op.kind is OpKind.GEMM:
-            column = op.n == width and (op.k != width or attended)
-            inner = not column
-            found.append(Role(Cut.COLUMN if column else Cut.ROW, True))
+            role = _taken(op, products)
+            inner = role.cut is Cut.ROW or (inner and role.cut is Cut.NONE)
+            found.append(role)
         else:
-            attended = attended and inner
             found.append(Role(Cut.NONE, inner and op.op.kind is OpKind.MEMORY))
     return found
+
+
+def _taken(op: OpNumbers, products: list[tuple[OpNumbers, Role]]) -> Role:
+    """The role of the last of `products` whose input gradient `op` may be; that one is removed."""
+    for i in range(len(products) - 1, -1, -1):
+        product, role = products[i]
+        if (product.n, product.k) == (op.k, op.n):
+            del products[i]
+            return role
+    return Role(Cut.COLUMN, True)
 
 
 @dataclass(frozen=True)
@@ -135,27 +149,30 @@ def exchanges(
     overlapped = prices.stack.tp_overlap
     found: dict[int, Exchange] = {}
     for first, last in parts:
-        before = _left(gather, seconds[first], split.tensor, overlapped)
+        if first >= 0:
+            found[first] = Exchange(before=_left(gather, seconds[first], split.tensor, overlapped))
+        if last < 0:
+            continue
         if backward:
             after = _left(gather + reduce, weights + seconds[last], 0, prices.stack.tp_async)
         else:
             after = _left(reduce, seconds[last], split.tensor, overlapped)
-        found[first], found[last] = Exchange(before=before), Exchange(after=after)
+        found[last] = Exchange(found.get(last, Exchange()).before, after)
     return found
 
 
 def _parts(cuts: Sequence[Role], enter: Cut, leave: Cut) -> list[tuple[int, int]]:
-    """(first operator that enters, last one that leaves) of every split part."""
+    """(first operator that enters, last one that leaves) of every split part; -1 where a chain begins or ends in it."""
     parts: list[tuple[int, int]] = []
     first, last = -1, -1
     for i, role in enumerate(cuts):
-        if role.cut is enter and (first < 0 or last > first):
-            if last > first >= 0:
+        if role.cut is enter and (first < 0 or last >= 0):
+            if max(first, last) >= 0:
                 parts.append((first, last))
             first, last = i, -1
-        elif role.cut is leave and first >= 0:
+        elif role.cut is leave:
             last = i
-    return [*parts, (first, last)] if last > first >= 0 else parts
+    return [*parts, (first, last)] if max(first, last) >= 0 else parts
 
 
 def _collectives(

@@ -8,7 +8,14 @@ from __future__ import annotations
 
 from dataclasses import fields
 
+from omnicompile.errors import PlanError
 from omnicompile.plan import BlockPlan, Layout, Plan, Sharding
+
+
+def refuse_unexecutable(plan: Plan) -> None:
+    """Raises PlanError for a plan that cannot be executed yet."""
+    if unsupported := not_executable(plan):
+        raise PlanError(f"the plan asks for what cannot be executed yet: {'; '.join(unsupported)}")
 
 
 def not_executable(plan: Plan) -> tuple[str, ...]:
@@ -22,11 +29,15 @@ def not_executable(plan: Plan) -> tuple[str, ...]:
     found += [f"{axis} (mesh.{axis}=1 avoids it)" for axis, degree in degrees.items() if degree > 1]
     stack = {f.name: (getattr(plan.stack, f.name), f.default) for f in fields(plan.stack)}
     found += [
-        f"{name}={value} of another software stack (stack.{name}={default} avoids it)"
+        f"{name}={value} of another software stack ({_avoided(name, default)})"
         for name, (value, default) in stack.items()
         if value != default
     ]
     return tuple(found)
+
+
+def _avoided(name: str, default: object) -> str:
+    return f"stack.{name}={default} avoids it" if default != "" else f"leaving out stack.{name} avoids it"
 
 
 def block_not_executable(block: BlockPlan) -> dict[str, str]:

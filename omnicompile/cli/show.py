@@ -70,9 +70,12 @@ def _full(args: argparse.Namespace, show: Any) -> RankProgram:
     from omnicompile.capture.source import load_model_source
     from omnicompile.lowering.full_size import full_batch, full_program
     from omnicompile.recipe import load_recipe
+    from omnicompile.support import refuse_unexecutable
     from omnicompile.workload import Workload
 
     recipe = load_recipe(args.recipe) if args.recipe is not None else None
+    if recipe is not None:
+        refuse_unexecutable(recipe)
     source = load_model_source(args.model, args.config)
     show("building the model without weights")
     model = source.build_meta()

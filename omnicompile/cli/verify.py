@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from omnicompile.cli.arguments import MODEL_HELP
@@ -80,8 +81,11 @@ def tiny_plan(args: argparse.Namespace, show: Any) -> tuple[ModelSource, TinyMod
     from omnicompile.lowering.proof_plan import count_experts, reduced_plan
     from omnicompile.lowering.tiny import tiny_copy
     from omnicompile.recipe import load_recipe
+    from omnicompile.support import refuse_unexecutable
 
     recipe = load_recipe(args.recipe) if args.recipe is not None else None
+    if recipe is not None:
+        refuse_unexecutable(recipe)
     source = load_model_source(args.model, args.config)
     show("making a tiny copy")
     tiny = tiny_copy(source, {"float64": torch.float64, "float32": torch.float32}.get(args.dtype))
@@ -98,12 +102,17 @@ def chosen_plan(args: argparse.Namespace, model: nn.Module, batch: dict[str, Any
     from omnicompile.lowering import proof_plan
     from omnicompile.planner.pins import parse_pins as typed
     from omnicompile.recipe import parse_pins
+    from omnicompile.support import refuse_unexecutable
 
     plan = base or proof_plan.default_plan(model, batch, args.gpus or 8)
     chosen = typed(parse_pins(args.pin), _blocks_only(plan))
     if not chosen:
         return plan
-    return proof_plan.with_choices(plan, chosen.mesh, chosen.blocks, proof_plan.count_experts(model))
+    wanted = replace(plan, mesh=replace(plan.mesh, **chosen.mesh), stack=replace(plan.stack, **chosen.stack))
+    refuse_unexecutable(wanted)
+    plan = proof_plan.with_choices(plan, chosen.mesh, chosen.blocks, proof_plan.count_experts(model))
+    refuse_unexecutable(plan)
+    return plan
 
 
 def _blocks_only(plan: Plan) -> Any:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from typing import Any
 
 from omnicompile.errors import PlanError
-from omnicompile.plan import BlockPlan, Layout, LossHead, Mesh, Sharding, Stack
+from omnicompile.plan import OURS, BlockPlan, Layout, LossHead, Mesh, Sharding, Stack
 from omnicompile.program import Program, Recompute
 from omnicompile.schema import field_types
 
@@ -100,8 +100,9 @@ def refuse_priced_only(pins: Pins) -> None:
                 f"pin mesh.{name}={pins.mesh[name]}: {name} is not executable yet, so no plan has it; "
                 f"`omnicompile simulate --layout {name}={pins.mesh[name]}` prices it"
             )
-    if pins.stack:
-        name, value = next(iter(pins.stack.items()))
+    for name, value in pins.stack.items():
+        if value == asdict(OURS)[name]:
+            continue
         raise PlanError(
             f"pin stack.{name}={value}: describes another software stack, so no plan has it; "
             f"`omnicompile simulate --layout {name}={value}` prices it"

@@ -34,7 +34,8 @@ def predict(plan: Plan, model: StepModel) -> Prediction:
     ran = _run_stages(plan, model)
     paced = _pace(plan, model, ran)
     slowest, seconds = ran[paced.slowest], paced.seconds
-    memory, by_block = max((stage.memory(plan) for stage in ran), key=lambda found: sum(found[0].values()))
+    held = [stage.memory(plan) for stage in ran]
+    memory = max((total for total, _ in held), key=lambda total: sum(total.values()))
     tokens = plan.global_batch * model.program.sample.seq_len
     gpus = plan.cluster.gpus
     peak = model.hardware.peak(model.program.dtype) * gpus * seconds
@@ -46,8 +47,8 @@ def predict(plan: Plan, model: StepModel) -> Prediction:
         memory=memory,
         memory_capacity=model.hardware.memory_bytes,
         time=_time_by_kind(slowest.micro, slowest.last, slowest.step) | _waiting(paced),
-        block_memory=by_block,
-        block_time=_block_seconds(slowest.step),
+        block_memory=_most([by_block for _, by_block in held]),
+        block_time=_most([_block_seconds(stage.step) for stage in ran]),
     )
 
 
@@ -104,6 +105,11 @@ def _run_stages(plan: Plan, model: StepModel) -> list[_Ran]:
             ran[runs] = _run(plan, model.parts[runs], stage.in_flight)
         found.append(replace(ran[runs], in_flight=stage.in_flight))
     return found
+
+
+def _most(parts: list[dict[str, float]]) -> dict[str, float]:
+    """The largest of each value: what the rank of a pipeline that has most of a block has of it."""
+    return {name: max(part.get(name, 0.0) for part in parts) for name in dict.fromkeys(k for p in parts for k in p)}
 
 
 def _run(plan: Plan, model: StepModel, in_flight: float) -> _Ran:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from omnicompile.cluster import Cluster
+from omnicompile.cost_model.step_price import DTYPE_BYTES
 from omnicompile.errors import PlanError
 from omnicompile.plan import BlockPlan, Layout, Mesh, Plan, Sharding
 from omnicompile.program import Block, Program
@@ -48,7 +49,8 @@ def ep_refusal(program: Program, mesh: Mesh, expert_tp: int = 1) -> str | None:
         return None
     counts = expert_counts(program)
     if not counts:
-        return f"ep={mesh.ep}: the model has no experts"
+        what = f"ep={mesh.ep}" if mesh.ep > 1 else f"expert_tp={expert_tp}"
+        return f"{what}: the model has no experts"
     for count in sorted(counts):
         if count % mesh.ep:
             return f"the model has layers of {count} experts, which ep={mesh.ep} does not divide"
@@ -72,14 +74,30 @@ def tp_refusal(program: Program, mesh: Mesh) -> str | None:
     return None
 
 
+def dtype_refusal(plan: Plan) -> str | None:
+    """Why one of the plan's dtypes cannot be priced; None if all can."""
+    stack = plan.stack
+    named = {
+        "param_dtype": plan.param_dtype,
+        "reduce_dtype": plan.reduce_dtype,
+        "master_dtype": stack.master_dtype,
+        "moment_dtype": stack.moment_dtype,
+    }
+    for name, dtype in named.items():
+        if dtype not in DTYPE_BYTES:
+            return f"{name}={dtype}: must be one of {', '.join(DTYPE_BYTES)}"
+    return None
+
+
 def pipeline_refusal(program: Program, plan: Plan) -> str | None:
     """Why the layers cannot be dealt out to the stages of a pipeline; None if they can."""
     stages, chunks = plan.mesh.pp, plan.stack.pipeline_chunks
     if chunks > 1 and stages == 1:
         return f"pipeline_chunks={chunks} without a pipeline (pp=1)"
     layers = sum(run.count for run in program.runs if program.segment(run.segment).role == "layer")
-    if stages > 1 and layers < stages:
-        return f"{layers} layers cannot be dealt out to pp={stages} stages"
+    if stages > 1 and (layers < stages or layers + 2 < stages * chunks):
+        of_chunks = f" of {chunks} chunks" if chunks > 1 else ""
+        return f"{layers} layers cannot be dealt out to pp={stages} stages{of_chunks}"
     return None
 
 
@@ -132,7 +150,7 @@ def _sharding_refusal(mesh: Mesh, name: str, plan: BlockPlan) -> str | None:
     if plan.sharding is Sharding.HSDP:
         if mesh.dp_replicate == 1:
             return f"{name}: hsdp needs dp_replicate > 1 (with 1 it is fsdp)"
-        if mesh.dp_shard * mesh.sp == 1:
+        if mesh.dp_shard * mesh.sp * mesh.cp == 1:
             return f"{name}: hsdp over dp_shard x sp = 1 rank shards nothing (that is replicate)"
     return None
 
@@ -168,6 +186,7 @@ def plan_refusals(program: Program, plan: Plan) -> Iterator[str]:
         yield "micro_batch and accumulation must be at least 1"
         return
     for reason in (
+        dtype_refusal(plan),
         mesh_refusal(program, plan.cluster, plan.mesh, plan.stack.expert_tp),
         pipeline_refusal(program, plan),
         batch_refusal(plan),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from omnicompile.plan import Plan, Prediction
+from omnicompile.plan import OURS, Plan, Prediction
 
 SECONDS, GIB = 1e-4, 2.0**30
 
@@ -20,6 +20,7 @@ def fields_of(plan: Plan) -> dict[str, str]:
     found = {f"mesh.{name}": str(value) for name, value in vars(plan.mesh).items()}
     found |= {"micro_batch": str(plan.micro_batch), "accumulation": str(plan.accumulation)}
     found |= {"loss_head": str(plan.loss_head), "offload_optimizer": str(plan.offload_optimizer).lower()}
+    found |= {f"stack.{name}": str(value) for name, value in vars(plan.stack).items() if value != vars(OURS)[name]}
     for block, choices in plan.blocks.items():
         found |= {f"{block}.{name}": str(value) for name, value in vars(choices).items()}
     return found
@@ -28,8 +29,9 @@ def fields_of(plan: Plan) -> dict[str, str]:
 def describe(plan: Plan, than: Plan | None = None) -> str:
     """The choices that differ from `than`; without it the ones that say most."""
     if than is not None:
-        before = fields_of(than)
-        return ", ".join(f"{k}={v}" for k, v in fields_of(plan).items() if before.get(k) != v)
+        before, after = fields_of(than), fields_of(plan)
+        as_executed = {k: str(vars(OURS)[k.removeprefix("stack.")]) for k in before.keys() - after.keys()}
+        return ", ".join(f"{k}={v}" for k, v in (after | as_executed).items() if before.get(k) != v)
     mesh = ", ".join(f"{name}={value}" for name, value in vars(plan.mesh).items() if value > 1)
     blocks = "; ".join(
         f"{name}: {b.sharding}, {b.layout}, recompute {b.recompute}{', frozen' if b.frozen else ''}"

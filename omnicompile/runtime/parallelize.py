@@ -26,7 +26,7 @@ from omnicompile.runtime.parallel_module import ParallelModule, to_host
 from omnicompile.runtime.plain_module import PlainModule
 from omnicompile.runtime.state import specs_of_all
 from omnicompile.runtime.weights import materialized, on_meta
-from omnicompile.support import not_executable
+from omnicompile.support import refuse_unexecutable
 from omnicompile.workload import Workload
 
 
@@ -61,8 +61,8 @@ def parallelize(
         raise InputError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if plan is None and _processes() > 1:
         plan = _plan_together(model, device_type, example_batch, timeout)
-    if plan is not None and (unsupported := not_executable(plan)):
-        raise PlanError(f"the plan asks for what cannot be executed yet: {'; '.join(unsupported)}")
+    if plan is not None:
+        refuse_unexecutable(plan)
     if plan is None or plan.mesh.world == _processes() == 1:
         return PlainModule((materialized(model, seed) if on_meta(model) else model).to(device))
     if example_batch is None:

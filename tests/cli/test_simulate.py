@@ -76,6 +76,11 @@ def test_the_timeline_of_a_step(run: Run, model: Path, tmp_path: Path) -> None:
         ("tp=8", "which tp=8 does not divide"),
         ("pp=8", "4 layers cannot be dealt out to pp=8"),
         ("micro_batch=3", "micro_batch 3"),
+        ("pp=2,pipeline_chunks=9", "4 layers cannot be dealt out to pp=2 stages of 9 chunks"),
+        ("expert_tp=2", "expert_tp=2: the model has no experts"),
+        ("master_dtype=foo", "master_dtype=foo: must be one of"),
+        ("reduce_dtype=float8", "reduce_dtype=float8: must be one of"),
+        ("gemm_dtype=float4", "no rate for float4"),
     ],
 )
 def test_an_impossible_layout_is_one_line(run: Run, model: Path, layout: str, words: str) -> None:

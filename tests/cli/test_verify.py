@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +67,29 @@ def test_not_equal_is_exit_code_1(run: Callable[..., Any], own: str, monkeypatch
         (("--gpus", "2", "--pin", "mesh.sp=3"), "does not make up 2"),
         (("--gpus", "2", "--pin", "nothing.sp=3"), "no block 'nothing'"),
         (("--top", "0"), "--top"),
+        (("--gpus", "4", "--pin", "mesh.tp=2"), "cannot be executed yet: tp"),
+        (("--gpus", "4", "--pin", "text.sharding=zero1"), "only the optimizer's state sharded"),
     ],
 )
 def test_bad_input_is_exit_code_2(run: Callable[..., Any], own: str, arguments: tuple[str, ...], said: str) -> None:
     outcome = run("verify", own, *arguments)
     assert outcome.code == 2 and said in outcome.err and outcome.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["verify", "show"])
+def test_a_recipe_that_cannot_be_executed_is_refused(
+    run: Callable[..., Any], own: str, tmp_path: Path, command: str
+) -> None:
+    from omnicompile.cluster import Cluster
+    from omnicompile.plan import BlockPlan, Mesh, Plan, Stack
+    from omnicompile.workload import Workload
+
+    plan = Plan(own, Cluster(gpus=4), Workload(), Mesh(dp_shard=2, pp=2), {"text": BlockPlan()})
+    foreign = replace(plan, mesh=Mesh(dp_shard=4), stack=Stack(gemm_dtype="float8"))
+    for wrong, said in ((plan, "pp (mesh.pp=1"), (foreign, "float8")):
+        wrong.save(tmp_path / "recipe.yaml")
+        outcome = run(command, own, "--recipe", str(tmp_path / "recipe.yaml"))
+        assert outcome.code == 2 and said in outcome.err and outcome.err.count("\n") == 1
 
 
 def test_a_recipe_is_reduced(run: Callable[..., Any], own: str, tmp_path: Path) -> None:

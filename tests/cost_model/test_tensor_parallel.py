@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import synthetic
 
 from omnicompile.cluster import Cluster
 from omnicompile.cost_model import tensor_parallel
+from omnicompile.cost_model.collectives import collective_seconds
 from omnicompile.cost_model.hardware import load_hardware
 from omnicompile.cost_model.step_layout import Split, block_groups
 from omnicompile.cost_model.step_model import StepModel
@@ -109,6 +111,49 @@ def test_a_ring_divides_attention_and_hides_behind_it() -> None:
     one, two = priced(program, {"sharding": "zero1"}), priced(program, {"sharding": "zero1", "cp": "2"})
     assert two.memory["activations"] == pytest.approx(one.memory["activations"] / 2)
     assert two.step_seconds == pytest.approx(one.step_seconds, rel=0.2)  # half the ranks share each of the samples
+
+
+def test_a_ring_over_nodes_takes_the_network() -> None:
+    hw = load_hardware("h100")
+    inside, across = (collective_seconds("send_recv", 3e7, ranks, 8, hw) for ranks in (8, 16))
+    assert across > 5 * inside
+    program = synthetic.dense_lm(131072)
+    wide = priced(program, {"sharding": "zero1", "cp": "16"})
+    assert wide.time["exposed send_recv"] > 0
+
+
+def test_nothing_to_look_at_costs_nothing() -> None:
+    program = synthetic.vision_language_7b()
+    blind = replace(program, sample=replace(program.sample, images=0))
+    assert priced(blind, {"tp": "2", "sharding": "zero1"}).step_seconds > 0
+    assert priced(blind, {}).step_seconds < priced(program, {}).step_seconds
+
+
+def test_a_router_stays_whole_and_shared_experts_exchange() -> None:
+    program = synthetic.moe_lm()
+    layer = layer_of(program)
+    count = next(op.op.experts.experts for op in layer.ops if op.op.experts is not None)
+    for op, role in zip(layer.ops, tensor_parallel.roles(layer)):
+        if op.op.kind is OpKind.GEMM and op.op.phase is Phase.FORWARD and op.n == count:
+            assert role.cut is Cut.NONE
+    layout = {"tp": "2", "ep": "4", "sharding": "replicate"}
+    alone, shared = (priced(program, layout | {"expert_tp": degree}) for degree in ("1", "2"))
+    assert shared.time["exposed all_gather"] > alone.time["exposed all_gather"]
+
+
+def test_the_optimizer_of_zero1_updates_its_part_wherever_it_is() -> None:
+    program = synthetic.dense_lm()
+    here, host = (priced(program, {"sharding": "zero1", "offload_optimizer": flag}) for flag in ("false", "true"))
+    full = priced(program, {"sharding": "replicate", "offload_optimizer": "true"})
+    assert here.memory["optimizer"] > host.memory["optimizer"] == 0
+    assert host.step_seconds < full.step_seconds
+
+
+def test_only_the_share_that_is_recomputed_communicates_again() -> None:
+    program = synthetic.dense_lm()
+    layout = {"tp": "8", "recompute": "full", "recompute_whole": "true", "sharding": "zero1"}
+    gathered = [priced(program, layout | {"recompute_share": s}).time["exposed all_gather"] for s in ("0", "0.5", "1")]
+    assert gathered[1] - gathered[0] == pytest.approx(gathered[2] - gathered[1], rel=0.05) and gathered[1] > gathered[0]
 
 
 def test_other_ways_of_a_stack() -> None:
