@@ -155,14 +155,19 @@ def _sweeps(outcomes: Sequence[Outcome]) -> list[str]:
         "", "## Which layout is best", "",
         f"{len(found)} sweeps of at least {SWEEP_LAYOUTS} layouts of one model, machine, length and batch. In {hits} "
         f"of them ({hits / len(found):.0%}) the predicted best is the measured best or within {SWEEP_TOLERANCE:.0%} of "
-        f"it; it takes {regret:.1%} longer on average.",
+        f"it; it takes {regret:.1%} longer on average. A layout taken by chance would be in "
+        f"{sum(s.by_chance[1] for s in found) / len(found):.0%} of them, and take "
+        f"{sum(s.by_chance[0] for s in found) / len(found):.0%} longer.",
     ]  # fmt: skip
     cells = [
         [s.suite, s.model, s.gpus, s.seq_len, s.global_batch, s.layouts, s.predicted_best, s.measured_best,
-         f"{s.regret:.1%}"]
+         f"{s.regret:.1%}", f"{s.by_chance[0]:.0%}"]
         for s in found
     ]  # fmt: skip
-    header = ("publisher", "model", "GPUs", "length", "batch", "layouts", "predicted best", "measured best", "longer")
+    header = (
+        "publisher", "model", "GPUs", "length", "batch", "layouts", "predicted best", "measured best", "longer",
+        "by chance",
+    )  # fmt: skip
     return lines + table(header, cells)
 
 

@@ -14,7 +14,7 @@ from omnicompile.cost_model.hardware import Hardware
 
 WEAK = (
     (r"natural routing", "routing of experts not balanced"),
-    (r"not tuned|not well tuned|treat with suspicion|biased slow", "its publisher does not stand for it"),
+    (r"not tuned|not well tuned|treat with suspicion|biased slow", "doubtful by the notes"),
 )
 """Notes that say that a measurement is no target: such rows are priced and left out of the totals."""
 GIB = 2.0**30

@@ -28,7 +28,7 @@ class Errors:
 @dataclass(frozen=True)
 class Sweep:
     """Layouts of one model, machine, length and batch. regret: measured time of the predicted best over that of the
-    measured best, - 1."""
+    measured best, - 1. by_chance: mean regret of the layouts, and the share of them that would be hits."""
 
     suite: str
     model: str
@@ -39,6 +39,7 @@ class Sweep:
     predicted_best: str
     measured_best: str
     regret: float
+    by_chance: tuple[float, float]
 
     @property
     def hit(self) -> bool:
@@ -166,9 +167,12 @@ def _sweep(group: list[Outcome]) -> Sweep:
     took = {key: percentile([o.spec.seconds or math.inf for o in same], 0.5) for key, same in layouts.items()}
     predicted = min(layouts, key=lambda key: layouts[key][0].seconds)
     measured = min(took, key=lambda key: took[key])
+    regrets = [seconds / took[measured] - 1 for seconds in took.values()]
+    hits = sum(regret <= SWEEP_TOLERANCE for regret in regrets)
     return Sweep(
         spec.suite, spec.model.name, spec.gpus, spec.seq_len, spec.global_batch, len(layouts),
         layouts[predicted][0].spec.id, layouts[measured][0].spec.id, took[predicted] / took[measured] - 1,
+        (sum(regrets) / len(regrets), hits / len(regrets)),
     )  # fmt: skip
 
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
-from pathlib import Path
 from typing import Any
 
 from omnicompile.cost_model.calibration import number_text
@@ -25,20 +22,6 @@ def hardware_text(hardware: Hardware, comments: Mapping[str, str] = {}, head: Se
             continue
         lines += _lines(field.name, value, comments, field.name, "")
     return "\n".join(lines) + "\n"
-
-
-def write_hardware(path: Path, text: str) -> None:
-    """Written whole or not at all. Raises OSError."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}", delete=False) as file:
-        try:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
 
 
 def _is_default(field: Field[Any], value: Any) -> bool:

@@ -93,10 +93,11 @@ def _known(measured: Measurements) -> Hardware | None:
 def _write(path: Path, fit: Fit, measured: Measurements, base: Hardware | None) -> None:
     from omnicompile.cost_model.calibration_notes import comments, head_lines
     from omnicompile.cost_model.hardware import load_hardware
-    from omnicompile.cost_model.hardware_text import hardware_text, write_hardware
+    from omnicompile.cost_model.hardware_text import hardware_text
+    from omnicompile.whole_file import write_whole
 
     try:
-        write_hardware(path, hardware_text(fit.hardware, comments(measured, base), head_lines(measured)))
+        write_whole(path, hardware_text(fit.hardware, comments(measured, base), head_lines(measured)))
     except OSError as error:
         raise InputError(f"cannot write {path}: {error}") from error
     load_hardware(str(path))

@@ -21,7 +21,7 @@ from omnicompile.cost_model.hardware import (
     known_hardware,
     load_hardware,
 )
-from omnicompile.cost_model.hardware_text import hardware_text, write_hardware
+from omnicompile.cost_model.hardware_text import hardware_text
 from omnicompile.cost_model.kernels import attention_seconds, gemm_seconds, grouped_gemm_seconds, memory_seconds
 from omnicompile.cost_model.measurements import (
     AttentionTime,
@@ -33,6 +33,7 @@ from omnicompile.cost_model.measurements import (
     MemoryTime,
     Together,
 )
+from omnicompile.whole_file import write_whole
 
 MIB = 2**20
 CPU = Hardware(
@@ -169,7 +170,7 @@ def test_a_file_says_where_its_constants_come_from(tmp_path: Path) -> None:
     found = fit_hardware(measured).hardware
     text = hardware_text(found, comments(measured, None), head_lines(measured))
     path = tmp_path / "mine.yaml"
-    write_hardware(path, text)
+    write_whole(path, text)
     again = load_hardware(str(path))
     assert again.gemm.max_fraction["float32"] == pytest.approx(found.gemm.max_fraction["float32"], rel=1e-3)
     assert "# date: 2026-01-01" in text and "# note: a remark" in text and "(fit) 32 shapes" in text
@@ -179,7 +180,7 @@ def test_a_file_says_where_its_constants_come_from(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", known_hardware())
 def test_every_shipped_file_survives_being_written(name: str, tmp_path: Path) -> None:
     hw, path = load_hardware(name), tmp_path / "again.yaml"
-    write_hardware(path, hardware_text(hw))
+    write_whole(path, hardware_text(hw))
     again = load_hardware(str(path))
     for field in fields(Hardware):
         if isinstance(getattr(hw, field.name), float):
@@ -192,7 +193,7 @@ def test_an_old_file_stays_when_a_new_one_cannot_be_written(tmp_path: Path) -> N
     path = tmp_path / "mine.yaml"
     path.write_text("old")
     with pytest.raises(TypeError):
-        write_hardware(path, None)  # type: ignore[arg-type]
+        write_whole(path, None)  # type: ignore[arg-type]
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
