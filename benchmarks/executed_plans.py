@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from fsdp2_contestants import Size, allocated_peak, build_model, make_batch, parallelized
+from fsdp2_contestants import Size, build_model, make_batch, parallelized
 from torch import Tensor, nn
 
+from omnicompile.calibration.allocations import allocated_peak, gpu_peak
 from omnicompile.capture.api import capture_model
 from omnicompile.cluster import Cluster
 from omnicompile.cost_model.step_model import StepModel
@@ -227,13 +228,8 @@ class Execution:
     def measure_peak(self) -> None:
         gc.collect()
         held = self.held_bytes()
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            self.step()
-            peak = held + torch.cuda.max_memory_allocated() - before
-        else:
-            peak = held + allocated_peak(self.step)
+        gpu = self.device.type == "cuda"
+        peak = held + (gpu_peak(self.step, self.device) if gpu else allocated_peak(self.step))
         both = torch.tensor([peak, held], device=self.device)
         dist.all_reduce(both, op=dist.ReduceOp.MAX)
         self.seen.peak, self.seen.held = both.tolist()

@@ -7,7 +7,6 @@ import gc
 import json
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from omnicompile.calibration.allocations import allocated_peak
 from omnicompile.cluster import Cluster
 from omnicompile.lowering.driver import default_lower
 from omnicompile.lowering.graph_capture import DEFAULT_SEGMENTS
@@ -254,28 +254,6 @@ class Contestant:
 def _local(tensor: Tensor) -> Tensor:
     local: Tensor = tensor.to_local() if isinstance(tensor, torch.distributed.tensor.DTensor) else tensor
     return local
-
-
-def allocated_peak(step: Callable[[], Any]) -> int:
-    """Most bytes that `step` holds of torch's CPU allocator beyond what was held before it, by the profiler's record of
-    every allocation: of operators, compiled code and collectives alike."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        step()
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "trace.json"
-        profile.export_chrome_trace(str(file))
-        events = json.loads(file.read_text())["traceEvents"]
-    return peak_of([event for event in events if event.get("name") == "[memory]"])
-
-
-def peak_of(events: list[dict[str, Any]]) -> int:
-    """Highest running sum of the bytes (negative when freed) of allocator events, in the order of time."""
-    total = peak = 0
-    for event in sorted(events, key=lambda e: e["ts"]):
-        total += int(event["args"]["Bytes"])
-        peak = max(peak, total)
-    return peak
 
 
 def measure(kind: str, size: Size, names: list[str], repeats: int, say: Callable[[str], None]) -> dict[str, Measured]:

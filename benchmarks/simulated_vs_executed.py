@@ -147,13 +147,14 @@ def calibrated(given: Path | None, ranks: int, quick: bool, folder: str) -> tupl
         return str(given), []
     from omnicompile.calibration.processes import calibrate
     from omnicompile.cost_model.calibration_fit import fit_hardware
-    from omnicompile.cost_model.hardware_text import hardware_text, write_hardware
+    from omnicompile.cost_model.hardware_text import hardware_text
+    from omnicompile.whole_file import write_whole
 
     measured = calibrate(ranks, quick, "", quiet=False)
     assert measured is not None
     fit = fit_hardware(measured)
     path = Path(folder) / "calibrated.yaml"
-    write_hardware(path, hardware_text(fit.hardware))
+    write_whole(path, hardware_text(fit.hardware))
     return str(path), [{"group": name} | asdict(errors) for name, found in fit.groups for errors in found]
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from omnicompile.calibration.allocations import allocated_peak, gpu_peak
 from omnicompile.calibration.shapes import Shapes, collectives
 from omnicompile.calibration.timing import Timer
 from omnicompile.cost_model.measurements import CollectiveTime, Together
@@ -119,6 +120,17 @@ def launcher(shape: CollectiveTime, group: dist.ProcessGroup, device: torch.devi
 
 def _wait(started: list[Tensor]) -> list[Tensor]:
     return [_c10d.wait_tensor(tensor) for tensor in started]
+
+
+def reduction_copies(ranks: Ranks, device: torch.device, nbytes: int = 2**22) -> float:
+    """Bytes that a reduce-scatter of `nbytes` holds besides what it reads and gives, relative to `nbytes`."""
+    size = (ranks.world, ranks.local)
+    shape = CollectiveTime("reduce_scatter", nbytes, *size, 1, 0.0)
+    run = operation(shape, ranks.by_size[size], device)
+    run()
+    dist.barrier()
+    peak = gpu_peak(run, device) if device.type == "cuda" else allocated_peak(run)
+    return ranks.most(max(0.0, peak / nbytes - 1.0 / ranks.world))
 
 
 def time_together(shapes: Shapes, ranks: Ranks, timer: Timer) -> list[Together]:
