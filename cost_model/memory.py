@@ -3,7 +3,8 @@
 Trained parameters are kept as float32 master shards, gathered and reduced in the plan's dtypes, with two float32
 moments (AdamW). A replicated block keeps a whole copy in compute precision besides. Frozen parameters, and trained
 ones whose optimizer is offloaded (master weights and moments in host memory), are kept in compute precision only.
-Gradients are kept in the reduction dtype: sharded like the parameters, whole for replicated blocks.
+Gradients are kept in the reduction dtype: sharded like the parameters, whole for replicated blocks. Without
+accumulation they come into being one after the other in the backward; a second micro-step finds them all there.
 
 Memory changes at the borders of runs, so the peak is the largest of a few moments per run: `moments` lists them. The
 bytes at a moment are a sum over blocks, each a function of that block's plan alone; the planner relies on it.
@@ -75,8 +76,9 @@ def static_memory(
 
 @dataclass(frozen=True)
 class Moment:
-    """A point in the step. run: index into `Program.runs`. saved: instances per run whose activations are kept.
-    gathered: run indices whose parameters are gathered, with multiplicity. reducing: run of the gradients in flight."""
+    """A point in the step. run: index into `Program.runs`, -1 when the backward is over. saved: instances per run whose
+    activations are kept. gathered: run indices whose parameters are gathered, with multiplicity. reducing: run of the
+    gradients in flight."""
 
     backward: bool
     run: int
@@ -87,7 +89,7 @@ class Moment:
 
 def moments(program: Program) -> tuple[Moment, ...]:
     """Every moment that can be the peak, whatever the plan: forward and backward of each run, in its middle (the next
-    instance is prefetched) and at its border to the next run."""
+    instance is prefetched) and at its border to the next run, and the sums over replicas at the end."""
     counts = [run.count for run in program.runs]
     result: list[Moment] = []
     for i, count in enumerate(counts):
@@ -104,13 +106,13 @@ def moments(program: Program) -> tuple[Moment, ...]:
             result.append(Moment(True, i, full, (i, i), i + 1 if rest else None))
         if count > 2:
             result.append(Moment(True, i, less, (i, i), i))
-    return tuple(result)
+    return (*result, Moment(True, -1, (0,) * len(counts), ()))
 
 
 @dataclass(frozen=True)
 class _Coefficients:
     """(run, moment): how often each number of a block's runs counts at each moment. resident: gathered parameters when
-    they are not resharded."""
+    they are not resharded. done: instances whose backward is over. over: (moment), 1 when all of it is."""
 
     segments: tuple[str, ...]
     saved: Table
@@ -120,6 +122,8 @@ class _Coefficients:
     gathered: Table
     resident: Table
     reducing: Table
+    done: Table
+    over: Table
 
 
 class MemoryLayout:
@@ -130,6 +134,7 @@ class MemoryLayout:
         self.blocks = tuple(program.segment(run.segment).block for run in program.runs)
         self._segments = tuple(run.segment for run in program.runs)
         self._trains = tuple(trains[name] for name in self._segments)
+        self._counts = tuple(run.count for run in program.runs)
         self._of_block = {name: self._coefficients(name) for name in dict.fromkeys(self.blocks)}
 
     def work_bytes(self, name: str, work: BlockWork) -> Table:
@@ -150,11 +155,14 @@ class MemoryLayout:
         """Bytes (kind, moment) of block `name`'s parameters, gradients and optimizer state."""
         table = np.zeros((len(KINDS), len(self.moments)))
         static = weights.static
-        table[0], table[1], table[2] = static.parameters, static.gradients, static.optimizer
+        table[0], table[2] = static.parameters, static.optimizer
         here = self._of_block.get(name)
         if here is None:
+            table[_GRADIENTS] = static.gradients
             return table
         units = [weights.units[segment] for segment in here.segments]
+        table[_GRADIENTS] = static.gradients if weights.accumulates else _row(u.owned for u in units) @ here.done
+        table[_BUFFERS] = weights.packed * here.over
         table[_GATHERED] = _row(u.gathered for u in units) @ (here.gathered if reshard else here.resident)
         table[_GRADIENTS] += _row(u.gradient for u in units) @ here.backward
         table[_GRADIENTS] += _row(u.reducing for u in units) @ here.reducing
@@ -182,6 +190,8 @@ class MemoryLayout:
             gathered=table(gathered),
             resident=table(resident),
             reducing=table(lambda m, run: int(m.reducing == run)),
+            done=table(lambda m, run: self._counts[run] - m.saved[run] if m.backward else 0),
+            over=np.array([float(moment.run < 0) for moment in self.moments]),
         )
 
 

@@ -19,11 +19,12 @@ from omnicompile.cost_model.step_units import (
     edge_pieces,
     keeps_whole,
     op_seconds,
+    packed_bytes,
     replica_sums,
     unit_weights,
     unit_work,
 )
-from omnicompile.plan import BlockPlan, Layout, LossHead, Mesh, Plan, Stack
+from omnicompile.plan import OURS, BlockPlan, Layout, LossHead, Mesh, Plan, Stack
 from omnicompile.program import Program
 
 OPTIMIZER_BYTES = 28
@@ -45,13 +46,21 @@ class BlockWork:
 class BlockWeights:
     """What a block's parameters cost. units: by segment name. replicas: sums of gradients over replicas, after the last
     micro-step. optimizer: kernel seconds of the update; optimizer_copy: host transfers of it, one way. static: bytes of
-    parameters, gradients and optimizer state."""
+    parameters, gradients and optimizer state. accumulates: as in `StepOptions`. packed: bytes of the buffer in which
+    gradients are summed over replicas."""
 
     units: dict[str, UnitWeights]
     replicas: Chain
     optimizer: float
     optimizer_copy: float
     static: StaticMemory
+    accumulates: bool = True
+    packed: float = 0.0
+
+    @property
+    def held(self) -> float:
+        """Bytes that are there from the start of a step to its end."""
+        return self.static.total - (0.0 if self.accumulates else self.static.gradients)
 
 
 @dataclass(frozen=True)
@@ -71,6 +80,7 @@ def step_options(plan: Plan) -> StepOptions:
         reduce_bytes=DTYPE_BYTES[plan.reduce_dtype],
         stack=plan.stack,
         pipelined=plan.mesh.pp > 1,
+        accumulates=plan.accumulation > 1 or plan.mesh.pp > 1 or plan.stack != OURS,
     )
 
 
@@ -159,7 +169,7 @@ class StepModel:
         key = (
             name, plan.reshard, groups.experts, groups.shard, groups.replica, groups.expert_shard,
             groups.expert_replica, groups.tensor, groups.states, options.param_bytes, options.reduce_bytes,
-            offload_optimizer, frozen, options.stack, options.pipelined,
+            offload_optimizer, frozen, options.stack, options.pipelined, options.accumulates,
         )  # fmt: skip
         if key not in self._weights:
             self._weights[key] = self._block_weights(name, plan, groups, options, offload_optimizer, frozen)
@@ -216,14 +226,15 @@ class StepModel:
         whole = keeps_whole(plan, options)
         static = static_memory(segments, groups, options, name not in frozen, offload_optimizer, whole)
         if not static.trained_numel:
-            return BlockWeights(units, (), 0.0, 0.0, static)
+            return BlockWeights(units, (), 0.0, 0.0, static, options.accumulates)
         prices = self.prices(options.stack)
         replicas = replica_sums(segments, groups, options, prices)
         update = prices.memory(static.trained_numel * OPTIMIZER_BYTES)
+        kept = (static, options.accumulates, packed_bytes(segments, groups, options))
         if not offload_optimizer:
-            return BlockWeights(units, replicas, update, 0.0, static)
+            return BlockWeights(units, replicas, update, 0.0, *kept)
         copy = prices.host_copy(static.trained_numel * options.reduce_bytes)
-        return BlockWeights(units, replicas, 0.0, max(update, copy), static)
+        return BlockWeights(units, replicas, 0.0, max(update, copy), *kept)
 
     def _unit_weights(
         self, name: str, plan: BlockPlan, groups: Groups, options: StepOptions, frozen: frozenset[str]

@@ -103,7 +103,7 @@ class _Builder:
             self._backward(backward)
         if self._last:
             self._optimizer()
-        return Schedule(tuple(self._loops), sum(cost.weights.static.total for cost in self._blocks.values()))
+        return Schedule(tuple(self._loops), sum(cost.weights.held for cost in self._blocks.values()))
 
     def _unit(self, segment: str) -> UnitCost:
         return self._blocks[self._program.segment(segment).block].units[segment]
@@ -208,7 +208,8 @@ class _Builder:
         ahead = prefetched.weights.gather if prefetched is not None else ()
         end = self._chain_tasks(body, chain, len(first) + window, prefetched, ahead)
         freed = peak + work.saved + work.host + weights.gathered
-        body.issue("end", Piece("compute", 0.0, "compute"), end, alloc=weights.reducing, free=freed)
+        kept = 0.0 if self._blocks[unit.block].weights.accumulates else weights.owned
+        body.issue("end", Piece("compute", 0.0, "compute"), end, alloc=weights.reducing + kept, free=freed)
         if following is not None and following.work.host_seconds:
             piece = Piece("copy", following.work.host_seconds, "offload")
             body.issue("fetch", piece, (Dep("begin"),), alloc=following.work.host)
@@ -271,8 +272,10 @@ class _Builder:
         for block, cost in self._blocks.items():
             if cost.weights.replicas:
                 body = _Body(block)
+                last = len(cost.weights.replicas) - 1
                 for i, piece in enumerate(cost.weights.replicas):
-                    waits = (Dep(body.issue(f"replicas{i}", piece, waits)),)
+                    alloc, free = (cost.weights.packed if i == end else 0.0 for end in (0, last))
+                    waits = (Dep(body.issue(f"replicas{i}", piece, waits, alloc, free)),)
                 waits = (Dep(f"{self._add(body, 1)}.{waits[0].name}"),)
         for block, cost in self._blocks.items():
             body = _Body(block)

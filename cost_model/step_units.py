@@ -30,7 +30,8 @@ SCORE_BYTES = 5
 @dataclass(frozen=True)
 class StepOptions:
     """Choices that concern the whole step. Byte sizes of one parameter in compute and of one reduced gradient.
-    pipelined: the model is cut into stages, whose parameters that are not resharded stay whole through the step."""
+    pipelined: the model is cut into stages, whose parameters that are not resharded stay whole through the step.
+    accumulates: gradients of earlier micro-steps are there from the start (or buffers for them, in other stacks)."""
 
     micro_batch: int
     loss_head: LossHead
@@ -38,6 +39,7 @@ class StepOptions:
     reduce_bytes: int = 4
     stack: Stack = OURS
     pipelined: bool = False
+    accumulates: bool = True
 
     @property
     def master_bytes(self) -> int:
@@ -81,7 +83,7 @@ class UnitWeights:
     gathers of updated parameters, once a step, beside the forward. cast: seconds to bring master shards to compute
     precision before they are gathered; gradient_cast: whole gradients to the precision in which they are reduced.
     Bytes on one GPU: gathered: whole parameters in compute precision (0 where they are resident); gradient: whole
-    gradients before reduction; reducing: the buffer being reduced.
+    gradients before reduction; reducing: the buffer being reduced; owned: gradients that the rank keeps.
     """
 
     gather: Chain
@@ -92,6 +94,7 @@ class UnitWeights:
     gathered: float
     gradient: float
     reducing: float
+    owned: float = 0.0
     once: Chain = ()
     refresh: Chain = ()
 
@@ -272,7 +275,7 @@ def _score_bytes(numbers: SegmentNumbers, split: Split, stack: Stack) -> float:
 def unit_weights(
     segment: Segment, plan: BlockPlan, gradient: Gradient, groups: Groups, options: StepOptions, prices: Prices
 ) -> UnitWeights:
-    local = sum(local_params(segment, groups))
+    local, copies = sum(local_params(segment, groups)), prices.hardware.collective.reduce_copies
     beside = options.stack.overlap_gradients and gradient.weight
     gather, reduce = _gather(segment, groups, options, prices), _reductions(segment, gradient, groups, options, prices)
     once = _sums([segment], groups, options, prices, 1) if beside else ()
@@ -289,12 +292,24 @@ def unit_weights(
         gradient_cast=_casts(segment, groups, options.param_bytes, options.reduce_bytes, False, prices)
         if casts and gradient.weight
         else 0.0,
-        gathered=0.0 if groups.resident else local * options.param_bytes,
+        gathered=_passing(segment, groups, options.master_bytes, options.param_bytes),
         gradient=local * options.param_bytes if gradient.weight else 0.0,
-        reducing=local * options.reduce_bytes if gradient.weight and not groups.resident else 0.0,
+        reducing=_passing(segment, groups, options.param_bytes, options.reduce_bytes) * (1.0 + copies)
+        if gradient.weight
+        else 0.0,
+        owned=sum(owned_params([segment], groups, 1)) * options.reduce_bytes if gradient.weight else 0.0,
         once=once,
         refresh=refresh,
     )
+
+
+def _passing(segment: Segment, groups: Groups, before: int, after: int) -> float:
+    """Bytes of one instance's parameters that a sharded block has for a while: those that are gathered or reduced, and
+    a rank's own experts where they are cast from `before` to `after` bytes an element."""
+    if groups.resident:
+        return 0.0
+    dense, expert = local_params(segment, groups)
+    return (dense + (0.0 if groups.expert_shard.trivial and before == after else expert)) * after
 
 
 def keeps_whole(plan: BlockPlan, options: StepOptions) -> bool:
@@ -366,10 +381,21 @@ def replica_sums(segments: Sequence[Segment], groups: Groups, options: StepOptio
     if options.stack.overlap_gradients:
         return ()
     sums = _sums(segments, groups, options, prices)
-    dense, expert = owned_params(segments, groups)
-    packed = (0 if groups.replica.trivial else dense) + (0 if groups.expert_replica.trivial else expert)
-    packing = Piece("compute", prices.memory(4 * packed * options.reduce_bytes), "compute")
+    packing = Piece("compute", prices.memory(4 * _summed_bytes(segments, groups, options)), "compute")
     return (*sums, packing, *_refreshes(segments, groups, options, prices)) if sums else ()
+
+
+def packed_bytes(segments: Sequence[Segment], groups: Groups, options: StepOptions) -> float:
+    """Of the buffer in which gradients of equal shards are summed when the last backward is over."""
+    outside = options.stack.overlap_gradients or groups.zero1
+    return 0.0 if outside else _summed_bytes(segments, groups, options)
+
+
+def _summed_bytes(segments: Sequence[Segment], groups: Groups, options: StepOptions) -> float:
+    """Of the gradients of a rank that others have too."""
+    dense, expert = owned_params(segments, groups)
+    summed = (0.0 if groups.replica.trivial else dense) + (0.0 if groups.expert_replica.trivial else expert)
+    return summed * options.reduce_bytes
 
 
 def owned_params(segments: Sequence[Segment], groups: Groups, instances: int | None = None) -> tuple[float, float]:

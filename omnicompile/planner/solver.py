@@ -165,6 +165,7 @@ class Solver:
             LossHead.FULL,
             DTYPE_BYTES[self.base.param_dtype],
             DTYPE_BYTES[self.base.reduce_dtype],
+            accumulates=point.accumulation > 1,
         )
         tables = []
         for block in self._blocks:

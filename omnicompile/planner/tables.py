@@ -140,6 +140,7 @@ class TableMaker:
         return BlockTable(work.by_sharding[plan.sharding], bounds, memory, hsdp, work.size)
 
     def _work_table(self, block: str, mesh: Mesh, options: tuple[Option, ...], step: StepOptions) -> _WorkTable:
+        step = replace(step, accumulates=True)  # which is about weights
         key = (block, mesh.sp, options[0].plan.ep, step)
         if key not in self._work:
             works = [

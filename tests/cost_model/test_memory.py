@@ -138,5 +138,5 @@ def test_peak_agrees_with_the_timeline(program: Program, mesh: Mesh, recompute: 
     model = StepModel(program, CLUSTER)
     by_moments = float(table(program, plan, model).sum(axis=0).max())
     by_timeline = timeline.simulate(build_step(program, plan, model).last).peak_bytes
-    assert by_timeline <= by_moments * (1.05 if offload else 1.02)
+    assert by_timeline <= by_moments * (1.07 if offload else 1.02)
     assert by_timeline >= by_moments * 0.80
