@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 from omnicompile.cost_model.step_layout import Gradient, Groups, Split
 from omnicompile.cost_model.step_numbers import ACTIVATION_BYTES, OpNumbers, SegmentNumbers
-from omnicompile.cost_model.step_price import Piece, Prices
+from omnicompile.cost_model.step_price import DTYPE_BYTES, Piece, Prices
 from omnicompile.cost_model.tensor_parallel import Exchange, Role, exchanges
 from omnicompile.program import OpKind, Phase, Recompute
 
@@ -31,6 +31,11 @@ def merge(pieces: Iterable[Piece]) -> Chain:
     return tuple(merged)
 
 
+def width_of(op: OpNumbers) -> int:
+    """Bytes of one element of an operator's result."""
+    return DTYPE_BYTES.get(op.op.dtype, ACTIVATION_BYTES)
+
+
 def attention_exchange_bytes(op: OpNumbers, split: Split) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Bytes of one rank's all-to-all buffers around attention under Ulysses: ((query, key, value), (output,)).
 
@@ -39,7 +44,7 @@ def attention_exchange_bytes(op: OpNumbers, split: Split) -> tuple[tuple[float, 
     shape = op.op.attention
     assert shape is not None
     sp = split.heads
-    share = ACTIVATION_BYTES / sp / split.tensor / split.context
+    share = width_of(op) / sp / split.tensor / split.context
     kv_heads = max(shape.kv_heads, sp * split.tensor)
     output = op.q_tokens * shape.heads * shape.v_head_dim * share
     query = op.q_tokens * shape.heads * shape.head_dim * share
@@ -56,7 +61,7 @@ def ring_pieces(op: OpNumbers, compute: float, split: Split, groups: Groups, pri
     shape, ranks = op.op.attention, split.context
     assert shape is not None
     heads = max(1.0, shape.kv_heads / split.tensor)
-    nbytes = op.kv_tokens / ranks / split.heads * heads * (shape.head_dim + shape.v_head_dim) * ACTIVATION_BYTES
+    nbytes = op.kv_tokens / ranks / split.heads * heads * (shape.head_dim + shape.v_head_dim) * width_of(op)
     passing = prices.collective("send_recv", nbytes * (2 if op.op.phase is Phase.BACKWARD else 1), groups.context)
     left = (ranks - 1) * max(0.0, sum(piece.seconds for piece in passing) - compute / ranks)
     return tuple(Piece(piece.stream, left, piece.kind) for piece in passing if left)
@@ -66,7 +71,7 @@ def expert_exchange_bytes(op: OpNumbers, split: Split) -> float:
     """Bytes of one rank's token rows sent to their experts, with balanced routing."""
     shape = op.op.experts
     assert shape is not None
-    return op.tokens / split.rows(False) * shape.top_k * shape.hidden * ACTIVATION_BYTES
+    return op.tokens / split.rows(False) * shape.top_k * shape.hidden * width_of(op)
 
 
 def _expert_exchange(op: OpNumbers, split: Split, groups: Groups, prices: Prices) -> Chain:
