@@ -34,8 +34,7 @@ def predict(plan: Plan, model: StepModel) -> Prediction:
     ran = _run_stages(plan, model)
     paced = _pace(plan, model, ran)
     slowest, seconds = ran[paced.slowest], paced.seconds
-    held = [stage.memory(plan) for stage in ran]
-    memory = max((total for total, _ in held), key=lambda total: sum(total.values()))
+    memory, by_block = max((stage.memory(plan) for stage in ran), key=lambda found: sum(found[0].values()))
     tokens = plan.global_batch * model.program.sample.seq_len
     gpus = plan.cluster.gpus
     peak = model.hardware.peak(model.program.dtype) * gpus * seconds
@@ -47,7 +46,7 @@ def predict(plan: Plan, model: StepModel) -> Prediction:
         memory=memory,
         memory_capacity=model.hardware.memory_bytes,
         time=_time_by_kind(slowest.micro, slowest.last, slowest.step) | _waiting(paced),
-        block_memory=_most([by_block for _, by_block in held]),
+        block_memory=by_block,
         block_time=_most([_block_seconds(stage.step) for stage in ran]),
     )
 

@@ -88,13 +88,13 @@ LAYOUTS = {
     "fused_kernels=true tp_async=true",
     # ZeRO-1 within groups; ZeRO-0.
     "IEVO-025": "tp=2 sharding=zero1 dp_shard=4 micro_batch=4 accumulation=4 reduce_dtype=bfloat16 "
-    "attention_kernel=fa1 compiled=false tp_sequence=false tp_overlap=false overlap_gradients=false "
+    "attention_kernel=fa1 tp_sequence=false tp_overlap=false overlap_gradients=false "
     "host_bound=true fused_loss=true broadcast_updates=true tp_async=true",
     "IEVO-010": "sharding=zero1 dp_shard=8 dp_replicate=2 micro_batch=2 accumulation=4 reduce_dtype=bfloat16 "
-    "attention_kernel=fa1 compiled=false overlap_gradients=false "
+    "attention_kernel=fa1 overlap_gradients=false "
     "host_bound=true fused_loss=true broadcast_updates=true",
     "NANO-003": "tp=4 sharding=replicate dp_shard=128 micro_batch=2 accumulation=1 reduce_dtype=float32 "
-    "attention_kernel=fa2 compiled=false tp_sequence=true tp_overlap=false overlap_gradients=false "
+    "attention_kernel=fa2 tp_sequence=true tp_overlap=false overlap_gradients=false "
     "host_bound=true fused_loss=false tp_async=true",
 }  # fmt: skip
 

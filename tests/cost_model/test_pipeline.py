@@ -101,9 +101,9 @@ def test_a_pipeline_saves_parameters_and_pays_with_bubbles() -> None:
     assert parts == pytest.approx(deep.step_seconds)
 
 
-def test_blocks_are_of_the_stage_that_has_most_of_them() -> None:
+def test_seconds_of_a_block_are_of_the_stage_that_has_most_of_it() -> None:
     program = synthetic.vision_language_7b()
     layout = {"sharding": "zero1", "pp": "4", "micro_batch": "1"}
     plan = given_plan(program, Cluster(16), Workload(program.sample.seq_len, global_batch=16), layout)
     found = predict(plan, StepModel(program, Cluster(16)))
-    assert found.block_memory["vision"] > 0 and found.block_time["vision"] > 0  # only the first stages have any
+    assert found.block_time["vision"] > 0  # only the first stages have any

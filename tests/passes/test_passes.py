@@ -116,7 +116,7 @@ def test_a_parameter_shared_by_blocks_with_different_sharding_is_refused() -> No
         lower_forward(program)
 
 
-@pytest.mark.parametrize("sharding", list(Sharding))
+@pytest.mark.parametrize("sharding", [s for s in Sharding if s is not Sharding.ZERO1])  # that one is priced only
 def test_where_gradients_are_reduced(sharding: Sharding) -> None:
     mesh = Mesh(dp_replicate=2, dp_shard=2, sp=2)
     program = lower_forward(_program(nn.Identity(), mesh, sharding=sharding))
