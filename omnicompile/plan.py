@@ -135,8 +135,8 @@ class Prediction:
     step_seconds: one optimizer step. time: seconds of the step by kind ("compute", "recompute", "optimizer",
     "exposed all_gather", "hidden all_gather", ...). memory: bytes per GPU by kind ("parameters", "gradients",
     "optimizer", "activations", "temporaries", "gathered parameters", "buffers", "context"). block_memory and
-    block_time: per block, bytes and compute seconds (of a pipeline: bytes on its fullest stage, seconds on the stage that
-    has most of the block). mfu: causal attention counted as half, recompute not counted.
+    block_time: per block, bytes and compute seconds (of a pipeline: bytes on its fullest stage, seconds on the stage
+    that has most of the block). mfu: causal attention counted as half, recompute not counted.
     mfu_paper: attention counted without the causal mask, 6 FLOPs per active parameter and token (VeOmni's counting).
     """
 
