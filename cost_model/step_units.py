@@ -14,8 +14,8 @@ from omnicompile.cost_model.step_price import DTYPE_BYTES, UNFUSED, Piece, Price
 from omnicompile.plan import OURS, BlockPlan, LossHead, Stack
 from omnicompile.program import OpKind, Phase, Recompute, Segment
 
-LOGIT_BYTES = 10
-"""Per logit of a chunk in the chunked loss head: bf16 logits and their gradient, float32 probabilities, scratch."""
+LOGIT_BYTES = 8
+"""Per logit of a chunk in the chunked loss head: float32 logits and probabilities. Logits of 16 bits come on top."""
 
 UNFUSED_LOGIT_BYTES = 12
 """Per logit of a head whose loss is not one kernel: 16-bit logits and gradient, and both in float32."""
@@ -171,11 +171,13 @@ def _peaks(
         return numbers.forward_peak / split.rows(False), numbers.backward_peak / split.rows(False)
     rows, vocabulary = numbers.logit_rows / split.tokens, segment.logits[1] / split.tensor
     if options.loss_head is LossHead.CHUNKED:
-        chunk = min(LOSS_CHUNK_ROWS, rows) * vocabulary * LOGIT_BYTES
+        narrow = options.param_bytes if options.param_bytes < DTYPE_BYTES["float32"] else 0
+        chunk = min(LOSS_CHUNK_ROWS, rows) * vocabulary * (LOGIT_BYTES + narrow)
         return chunk, chunk
     if not options.stack.fused_loss:
         return rows * vocabulary * UNFUSED_LOGIT_BYTES, rows * vocabulary * UNFUSED_LOGIT_BYTES
-    # Forward and backward of the loss are one kernel: logits and their gradient.
+    # Forward and backward of the loss are one kernel: 16-bit logits and their gradient. In float32 these are as many
+    # bytes as were measured: there Inductor writes the gradient over the logits.
     logits = rows * vocabulary * ACTIVATION_BYTES
     # The weight's gradient, which is counted besides, exists only when the logits are gone.
     later = local_params(segment, groups)[0] * options.param_bytes if gradient.weight else 0.0

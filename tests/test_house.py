@@ -19,6 +19,7 @@ IMPORTS = re.compile(r"^\s*(?:from|import) omnicompile\.(\w+)", re.M)
 # What each part may not import: everything that stands above it.
 ABOVE = {
     "capture": {"cli", "planner", "lowering", "runtime", "report"},
+    "calibration": {"cli", "planner", "lowering", "runtime", "report"},
     "cost_model": {"cli", "planner", "lowering", "runtime", "report"},
     "passes": {"cli", "planner", "lowering", "runtime", "report"},
     "planner": {"cli"},
