@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from statistics import median
+from statistics import quantiles
 from time import perf_counter
 
 import torch
@@ -93,7 +93,7 @@ def _seconds(shape: CollectiveTime, group: dist.ProcessGroup, timer: Timer) -> f
         start = perf_counter()
         run()
         samples.append(perf_counter() - start)
-    return median(samples)
+    return quantiles(samples, n=4, method="inclusive")[0]
 
 
 def operation(shape: CollectiveTime, group: dist.ProcessGroup, device: torch.device) -> Callable[[], object]:
@@ -134,7 +134,7 @@ def reduction_copies(ranks: Ranks, device: torch.device, nbytes: int = 2**22) ->
 
 
 def time_together(shapes: Shapes, ranks: Ranks, timer: Timer) -> list[Together]:
-    """GEMMs and an all-gather of all ranks, one after the other and at once."""
+    """GEMMs and an all-gather of all ranks, one after the other and at once: of each the quickest of some turns."""
     size = (ranks.world, ranks.local)
     found = []
     for sizes, number, nbytes in shapes.beside:
@@ -148,10 +148,14 @@ def time_together(shapes: Shapes, ranks: Ranks, timer: Timer) -> list[Together]:
             for _ in range(number):
                 torch.mm(a, b)
 
-        alone = [_spans(timer, [compute])[0] for _ in range(timer.repeats)]
-        moved = [_spans(timer, [lambda begin=start: _wait(begin())])[0] for _ in range(timer.repeats)]  # type: ignore[misc]
-        both = [_beside(timer, start, compute) for _ in range(timer.repeats)]
-        values = [median(alone), median(moved), median(b[0] for b in both), median(b[1] for b in both)]
+        alone, moved, beside, both = [], [], [], []
+        for _ in range(2 * timer.repeats):
+            alone += _spans(timer, [compute])
+            moved += _spans(timer, [lambda begin=start: _wait(begin())])  # type: ignore[misc]
+            computed, done = _beside(timer, start, compute)
+            beside.append(computed)
+            both.append(done)
+        values = [min(alone), min(moved), min(beside), min(both)]
         found.append(Together(*ranks.mean(values, timer.device)))
     return found
 

@@ -60,7 +60,7 @@ def cpu_shapes(quick: bool) -> Shapes:
         repeats=5 if quick else 15,
         shortest=1e-3 if quick else 2e-3,
         rotated=32 * MIB if quick else 96 * MIB,
-        beside=tuple(((512, 512, 512), size, size * MIB) for size in ((4,) if quick else (4, 8, 16))),
+        beside=tuple(((512, 512, 512), size // 2, size * MIB) for size in ((4,) if quick else (2, 4, 8))),
         sustained=0.0,
     )
 
