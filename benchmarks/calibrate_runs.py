@@ -18,7 +18,7 @@ import json
 import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -38,6 +38,7 @@ HELD_OUT = HERE / "results" / "held_out.json"
 ROWS = 20
 PRIOR_WEIGHT = 0.3
 MEDIAN_WEIGHT = 0.5
+STEP = 0.05
 SCALE = 0.1  # log error beyond which a row counts linearly
 
 Vector = NDArray[np.float64]
@@ -101,31 +102,42 @@ def with_constants(
     )
 
 
-def residuals(specs: Sequence[RunSpec], values: Sequence[float], pricer: Pricer) -> Vector:
-    """Log errors: of every publisher, those of its rows about their median, which together count as one row, and the
+def log_ratios(specs: Sequence[RunSpec], values: Sequence[float], pricer: Pricer) -> tuple[list[str], Vector]:
+    """Of rows that are priced: the publisher, and log(predicted / measured)."""
+    priced = [o for o in evaluate(specs, transform(values), pricer) if o.ratio is not None]
+    return [o.spec.suite for o in priced], np.log([o.ratio or 1.0 for o in priced])
+
+
+def residuals(suites: Sequence[str], logs: Vector) -> Vector:
+    """Of every publisher, the log errors of its rows about their median, which together count as one row, and the
     median itself, which counts MEDIAN_WEIGHT."""
-    by_suite: dict[str, list[float]] = defaultdict(list)
-    for outcome in evaluate(specs, transform(values), pricer):
-        if outcome.ratio is not None:
-            by_suite[outcome.spec.suite].append(np.log(outcome.ratio))
-    medians = np.array([np.median(logs) for logs in by_suite.values()])
-    parts = [(np.array(logs) - m) / np.sqrt(len(logs)) for logs, m in zip(by_suite.values(), medians)]
+    names = np.array(suites)
+    groups = [logs[names == suite] for suite in dict.fromkeys(suites)]
+    medians = np.array([np.median(group) for group in groups])
+    parts = [(group - m) / np.sqrt(len(group)) for group, m in zip(groups, medians)]
     return np.concatenate([*parts, MEDIAN_WEIGHT * medians])
 
 
-def fit(specs: Sequence[RunSpec], pricer: Pricer) -> Vector:
-    priors = np.array([c.prior for c in CONSTANTS])
-    spreads = np.array([c.spread for c in CONSTANTS])
+PRIORS = np.array([c.prior for c in CONSTANTS])
+SPREADS = np.array([c.spread for c in CONSTANTS])
+
+
+def fit(errors: Callable[[Vector], Vector], start: Vector) -> Vector:
+    """The constants at which `errors` of them, and their distance from the priors, are least."""
 
     def objective(x: Vector) -> Vector:
-        pull = SCALE * PRIOR_WEIGHT * (x - 1.0) * priors / spreads
-        return np.concatenate([residuals(specs, x * priors, pricer), pull])
+        return np.concatenate([errors(x * PRIORS), SCALE * PRIOR_WEIGHT * (x - 1.0) * PRIORS / SPREADS])
 
     bounds = ([c.low / c.prior for c in CONSTANTS], [c.high / c.prior for c in CONSTANTS])
     found = least_squares(
-        objective, np.ones(len(CONSTANTS)), bounds=bounds, loss="soft_l1", f_scale=SCALE, diff_step=0.05, max_nfev=10
+        objective, start / PRIORS, bounds=bounds, loss="soft_l1", f_scale=SCALE, diff_step=STEP, max_nfev=20
     )
-    return found.x * priors
+    return found.x * PRIORS
+
+
+def joint_fit(specs: Sequence[RunSpec], pricer: Pricer) -> Vector:
+    """On all publishers, from the priors on."""
+    return fit(lambda values: residuals(*log_ratios(specs, values, pricer)), PRIORS)
 
 
 def training_rows(specs: Sequence[RunSpec]) -> list[RunSpec]:
@@ -141,12 +153,24 @@ def training_rows(specs: Sequence[RunSpec]) -> list[RunSpec]:
     return chosen
 
 
-def held_out(specs: Sequence[RunSpec], pricer: Pricer) -> dict[str, Vector]:
-    """By publisher, the constants fitted without it."""
-    rows = training_rows(specs)
+def held_out(rows: Sequence[RunSpec], joint: Vector, pricer: Pricer) -> dict[str, Vector]:
+    """By publisher, the constants fitted without it.
+
+    Log ratios are taken as linear in the constants around the joint fit, from one evaluation for each constant, so that
+    a fit without a publisher takes no evaluations of its own; what is predicted with them is evaluated in full.
+    """
+    suites, base = log_ratios(rows, joint, pricer)
+    steps = STEP * np.maximum(joint, 0.1 * PRIORS)
+    slopes = np.stack([(log_ratios(rows, joint + step, pricer)[1] - base) / step.sum() for step in np.diag(steps)])
+    names = np.array(suites)
     found = {}
-    for suite in sorted({s.suite for s in rows}):
-        found[suite] = fit([s for s in rows if s.suite != suite], pricer)
+    for suite in sorted(set(suites)):
+        kept = names != suite
+
+        def errors(values: Vector, kept: NDArray[np.bool_] = kept) -> Vector:
+            return residuals(list(names[kept]), base[kept] + (values - joint) @ slopes[:, kept])
+
+        found[suite] = fit(errors, joint)
         note(f"without {suite}: " + ", ".join(f"{v:.3g}" for v in found[suite]))
     return found
 
@@ -189,13 +213,15 @@ def main() -> int:
     warnings.filterwarnings("ignore")
     specs, _ = specs_of(read_rows(options.runs))
     pricer = Pricer(progress=note)
-    values = fit(training_rows(specs), pricer)
+    rows = training_rows(specs)
+    values = joint_fit(rows, pricer)
     for constant, value in zip(CONSTANTS, values):
         unit = "" if constant.unit == "1" else f" {constant.unit}"
         print(f"{constant.label:26s} {value:8.3g}{unit:4s} {constant.meaning}")
     if options.held_out:
         labels = [c.label for c in CONSTANTS]
-        found = {suite: dict(zip(labels, x.round(5).tolist())) for suite, x in held_out(specs, pricer).items()}
+        without = held_out(rows, values, pricer)
+        found = {suite: dict(zip(labels, x.round(5).tolist())) for suite, x in without.items()}
         HELD_OUT.write_text(json.dumps(found, indent=1) + "\n")
     if options.write:
         write(values)
