@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from omnicompile.cost_model import pipeline, timeline
 from omnicompile.cost_model.memory import ACTIVATION_ROW, KINDS, MemoryLayout, Table, overhead_bytes, peak_breakdown
-from omnicompile.cost_model.step_layout import block_groups
+from omnicompile.cost_model.step_layout import Gradient, block_groups
 from omnicompile.cost_model.step_model import BlockCost, StepModel
-from omnicompile.cost_model.step_numbers import OpNumbers
 from omnicompile.cost_model.step_schedule import Step, step_of_blocks
 from omnicompile.plan import BlockPlan, Plan, Prediction
 from omnicompile.planner.rules import check_plan
-from omnicompile.program import Phase, Program
+from omnicompile.program import Op, Phase, Program
 
 COMPUTE_KINDS = ("compute", "recompute", "optimizer")
 
@@ -213,24 +213,25 @@ def model_flops(model: StepModel, plan: Plan) -> float:
     gradients = model.gradients(frozen)
     total = 0.0
     for name, numbers in model.numbers.at(1).segments.items():
-        gradient = gradients[name]
-        wanted = {feed for feed, needed in (("weight", gradient.weight), ("input", gradient.input)) if needed}
-        flops = 0.0
-        for op in numbers.ops:
-            if op.op.phase is Phase.FORWARD or (wanted and (not op.op.feeds or op.op.feeds & wanted)):
-                flops += _needed_flops(op)
-        total += flops * numbers.segment.count
+        needed = (op for op in numbers.ops if is_needed(op.op, gradients[name]))
+        total += sum(needed_flops(op.op, op.flops, op.pairs) for op in needed) * numbers.segment.count
     return total * plan.global_batch
 
 
-def _needed_flops(op: OpNumbers) -> float:
+def is_needed(op: Op, gradient: Gradient) -> bool:
+    """Whether a step runs `op` where `gradient` is what the backward of its segment must produce."""
+    wanted = {feed for feed, needed in (("weight", gradient.weight), ("input", gradient.input)) if needed}
+    return op.phase is Phase.FORWARD or bool(wanted and (not op.feeds or op.feeds & wanted))
+
+
+def needed_flops(op: Op, flops: Any, pairs: Any) -> Any:
     """FLOPs of an op that the model needs: of a fused attention, 2 products forward and 4 backward (its recomputing of
-    the scores is not the model's), half of each under a causal mask."""
-    shape = op.op.attention
+    the scores is not the model's), half of each under a causal mask. flops, pairs: its own, numbers or expressions."""
+    shape = op.attention
     if shape is None:
-        return op.flops
-    products = 2.0 * op.pairs * shape.heads * (shape.head_dim + shape.v_head_dim)
-    return products * (2.0 if op.op.phase is Phase.BACKWARD else 1.0) * (0.5 if shape.causal else 1.0)
+        return flops
+    products = 2.0 * pairs * shape.heads * (shape.head_dim + shape.v_head_dim)
+    return products * (2.0 if op.phase is Phase.BACKWARD else 1.0) * (0.5 if shape.causal else 1.0)
 
 
 def paper_flops(model: StepModel, plan: Plan) -> float:

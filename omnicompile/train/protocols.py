@@ -1,0 +1,53 @@
+"""What the trainer needs of a loader and of a checkpointer, so that one's own will do as well."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+from torch import nn
+from torch.optim import Optimizer
+
+
+class Step(Protocol):
+    """What one optimizer step trains on. micro_batches: this data rank's. step, epoch: from 0, of the whole training.
+    fill: real tokens relative to the budget, over all ranks. real_tokens: over all ranks, without padding. samples: the
+    ids of all samples in the step, over all ranks."""
+
+    @property
+    def micro_batches(self) -> Sequence[dict[str, Any]]: ...
+    @property
+    def step(self) -> int: ...
+    @property
+    def epoch(self) -> int: ...
+    @property
+    def fill(self) -> float: ...
+    @property
+    def real_tokens(self) -> int: ...
+    @property
+    def samples(self) -> Sequence[Any]: ...
+
+
+class Loader(Protocol):
+    """Iterating it gives the steps that are left of the present epoch, then ends; again, the next epoch. The state is
+    JSON-able and the same on every rank."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Restored(Protocol):
+    @property
+    def step(self) -> int: ...
+    @property
+    def extra(self) -> Mapping[str, Any]: ...
+
+
+class Checkpointer(Protocol):
+    """`save` may write in the background; `wait` returns when it is on disk."""
+
+    def save(self, step: int, module: nn.Module, optimizer: Optimizer, extra: Mapping[str, Any]) -> None: ...
+    def wait(self) -> None: ...
+    def latest(self) -> int | None: ...
+    def load(self, module: nn.Module, optimizer: Optimizer, step: int | None = None) -> Restored: ...
