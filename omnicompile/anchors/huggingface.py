@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from omnicompile.anchors import attention as _attention  # noqa: F401  (defines the operator)
 from omnicompile.anchors import experts as _experts  # noqa: F401
-from omnicompile.anchors.masks import anchor_mask
+from omnicompile.anchors.masks import anchor_mask, is_bounds
 
 # Hugging Face hands cu_seqlens to an attention function only if its name says that it is a flash one.
 ATTENTION_NAME = "omnicompile_flash"
@@ -48,6 +48,9 @@ def attention_forward(
     causal = causal and query.shape[2] > 1
     if query.shape[0] == 1 < key.shape[0]:  # learned queries, one set for all: a matrix product would broadcast them
         query = query.expand(key.shape[0], -1, -1, -1)
+    if attention_mask is not None and is_bounds(attention_mask):
+        cu_seq_lens_q = cu_seq_lens_k = attention_mask
+        attention_mask = None
     if attention_mask is not None:
         if dropout:
             raise NotImplementedError("attention dropout beside an attention mask is not supported: set it to 0")

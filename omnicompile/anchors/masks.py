@@ -2,6 +2,9 @@
 
 Hugging Face builds a mask for an attention implementation by a function registered under its name. A name without one
 gets no mask at all: images that see each other both ways, chunks, packed or left-padded rows would all be lost.
+
+Several samples packed into one row are told by position ids that start anew. Their mask is handed on as the bounds of
+the samples, an int32 vector in place of S x S booleans, which the attention function gives to the operator.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ import torch
 from torch import Tensor
 
 from omnicompile.torch_compat import is_plain_host_tensor, outside_tracing
+
+_PROBES = 16  # random keys that each query of a packed mask is looked at
 
 
 def anchor_mask(
@@ -30,7 +35,8 @@ def anchor_mask(
     **rest: Any,
 ) -> Tensor | None:
     """The signature of Hugging Face's mask functions. None where the attention operator's own causal, window and
-    bidirectional masks say the same, else the boolean mask [batch, 1, q_length, kv_length], True where a key is seen.
+    bidirectional masks say the same; the bounds of segments [segments + 1] where those masks hold within segments; else
+    the boolean mask [batch, 1, q_length, kv_length], True where a key is seen.
 
     Padding at the end of a row needs no mask under causal attention: no real token sees it.
     """
@@ -43,6 +49,12 @@ def anchor_mask(
         return None
     if bidirectional and _unpadded(attention_mask, at_the_end=False):
         return None
+    square = q_length == kv_length and q_offset == kv_offset == 0 and rest.get("batch_size") == 1
+    if square and attention_mask is None and not allow_is_causal_skip and not rest.get("use_vmap"):
+        with outside_tracing():
+            bounds = segment_bounds(mask_function, q_length, local_size)
+        if bounds is not None:
+            return bounds
     # A pattern of the model's own is written for one element, and vectorized in a way that tracing does not follow.
     with outside_tracing() if rest.get("use_vmap") else contextlib.nullcontext():
         return sdpa_mask(
@@ -57,6 +69,39 @@ def anchor_mask(
             allow_is_bidirectional_skip=False,
             **rest,
         )
+
+
+def is_bounds(mask: Tensor) -> bool:
+    """Whether what a model hands to the attention function as its mask is `segment_bounds`."""
+    return mask.dtype == torch.int32 and mask.dim() == 1
+
+
+def segment_bounds(mask_function: Callable[..., Tensor], length: int, window: int | None) -> Tensor | None:
+    """[segments + 1] int32, if the mask of `length` queries and keys is causal attention (of at most `window` keys)
+    within consecutive segments; else None.
+
+    Found in O(length): a token that does not see the one before it starts a segment. That the mask is as these say is
+    then checked at both ends of what every query sees, just outside of them, and at random keys.
+    """
+
+    def seen(queries: Tensor, keys: Tensor) -> Tensor:
+        zero = torch.zeros(1, dtype=torch.long)
+        return mask_function(zero, zero, queries, keys)
+
+    token = torch.arange(length)
+    sees_previous = seen(token[1:], token[:-1])
+    if not is_plain_host_tensor(sees_previous):
+        return None
+    starts = torch.cat([torch.zeros(1, dtype=torch.long), token[1:][~sees_previous]])
+    first = starts[torch.bucketize(token, starts, right=True) - 1]
+    first = first if window is None else torch.maximum(first, token - window + 1)
+    generator = torch.Generator().manual_seed(0)
+    for key in (token, first, first - 1, token + 1, *torch.randint(length, (_PROBES, length), generator=generator)):
+        inside = (key >= 0) & (key < length)
+        want = (first <= key) & (key <= token)
+        if not bool((seen(token[inside], key[inside]) == want[inside]).all()):
+            return None
+    return torch.cat([starts, torch.tensor([length])]).to(torch.int32)
 
 
 def _unpadded(mask: Tensor | None, at_the_end: bool) -> bool:
