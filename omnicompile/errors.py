@@ -38,3 +38,7 @@ class VerificationError(OmniCompileError):
 
 class RankError(OmniCompileError):
     """Another rank has died, failed or left while this one waited for it."""
+
+
+class CheckpointError(OmniCompileError):
+    """A checkpoint that could not be written, is damaged, or does not fit the model or its optimizer."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from omnicompile.errors import InputError
 from omnicompile.lowering.host_program import is_host_input
+from omnicompile.passes.loss import count_values
 from omnicompile.passes.rank_program import ParamSpec
 from omnicompile.runtime.agreement import step_agreement
 from omnicompile.runtime.budget import Budget
@@ -26,18 +27,31 @@ from omnicompile.runtime.state import State
 @dataclass
 class Window:
     """The accumulation window that a forward belongs to. last: gradients are reduced over replicas after this one.
-    targets: target tokens of the whole window over all ranks; None: those of this micro-step."""
+    targets: targets of each loss in the whole window over all ranks; None: those of this micro-step."""
 
     last: bool = True
-    targets: int | None = None
+    targets: tuple[int, ...] | None = None
+
+
+class TargetCount(int):
+    """Target tokens of all losses together. by_loss: of each, where a model has several."""
+
+    by_loss: tuple[int, ...]
+
+    def __new__(cls, by_loss: Sequence[int]) -> TargetCount:
+        count = super().__new__(cls, sum(by_loss))
+        count.by_loss = tuple(by_loss)
+        return count
 
 
 class Output:
-    """loss: the loss of the global batch, equal on all ranks; its backward gives every gradient. logits: of this rank's
-    micro-batch, computed when asked for (all ranks must ask together), without gradient."""
+    """loss: the loss of the global batch, equal on all ranks; its backward gives every gradient. losses: its summands
+    by name, before their weights, where the model reports them (`losses` in its output), without gradient. logits: of
+    this rank's micro-batch, computed when asked for (all ranks must ask together), without gradient."""
 
-    def __init__(self, loss: Tensor, logits: Any) -> None:
+    def __init__(self, loss: Tensor, losses: Mapping[str, Tensor], logits: Any) -> None:
         self.loss = loss
+        self.losses = dict(losses)
         self._logits = logits
 
     @property
@@ -54,12 +68,13 @@ class Output:
 
 @dataclass
 class _Call:
-    """One forward: the program, its inputs on the device, and the local shards that it runs on."""
+    """One forward: the program, its inputs on the device, and the parts of the loss that it gave."""
 
     module: ParallelModule
     loaded: LoadedProgram
     values: dict[str, Tensor]
     window: Window
+    losses: dict[str, Tensor] = field(default_factory=dict)
 
 
 class _Step(torch.autograd.Function):
@@ -73,11 +88,12 @@ class _Step(torch.autograd.Function):
         if done is None:
             leaves = {name: p.requires_grad_(q.requires_grad) for (name, p), q in zip(shards.items(), params)}
             with torch.enable_grad():
-                local, *_ = call.loaded.run(call.values, leaves)
-            ctx.local, ctx.leaves = local, tuple(leaves.values())
+                outputs = call.loaded.run(call.values, leaves)
+            ctx.local, ctx.leaves = outputs[0], tuple(leaves.values())
         else:
-            local, ctx.grads = done
-        return call.module.engine.reduce_loss(local)
+            outputs, ctx.grads = done
+        loss, call.losses = call.module.engine.reduce_losses(call.loaded, outputs)
+        return loss
 
     @staticmethod
     def backward(ctx: Any, seed: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -135,11 +151,12 @@ class ParallelModule(nn.Module):
         with self._watch.guard("the forward", step=True):
             loaded, values = self._prepare(batch, False, seed)
             if torch.is_grad_enabled():
-                loss = _Step.apply(_Call(self, loaded, values, self._window), *params)
+                call = _Call(self, loaded, values, self._window)
+                loss, losses = _Step.apply(call, *params), call.losses
             else:
-                loss = self.engine.reduce_loss(loaded.run(values, self.store.local)[0])
+                loss, losses = self.engine.reduce_losses(loaded, loaded.run(values, self.store.local))
         versions = sum(p._version for p in params)
-        return Output(loss, lambda: self._logits(batch, versions, seed))
+        return Output(loss, losses, lambda: self._logits(batch, versions, seed))
 
     def _with_labels(self, batch: dict[str, Any]) -> dict[str, Any]:
         if batch.get(LABELS) is None and "input_ids" in batch and not torch.is_grad_enabled():
@@ -151,7 +168,8 @@ class ParallelModule(nn.Module):
     ) -> tuple[LoadedProgram, dict[str, Tensor]]:
         """The program for this batch and its inputs, after all ranks have agreed on them."""
         engine = self.engine
-        count, values, dealt, error, signature = 0, {}, {}, None, ""
+        counts: tuple[int, ...] = ()
+        values, dealt, error, signature = {}, {}, None, ""
         try:
             filled = self.budget.fill(to_host(batch))
             batch = filled.batch
@@ -160,17 +178,25 @@ class ParallelModule(nn.Module):
             values = capture.inputs.prepare(batch)
             if filled.dealing is not None:
                 dealt = capture.inputs.prepare(self.budget.dealt(filled))
-            count = capture.targets.count(values) if capture.targets is not None else 0
+            counts = capture.counts(values)
         except Exception as failure:
             error = failure
-        total = step_agreement(count, signature, error, engine.mesh.control) // engine.mesh.mesh.sp
+        totals = step_agreement(counts, signature, error, engine.mesh.control)
         loaded = engine.program(batch, signature, logits)
         if filled.dealing is not None:
             values |= dealt_values(loaded.program, filled.dealing, dealt)
         values = {name: value.to(engine.mesh.device, non_blocking=True) for name, value in values.items()}
-        targets = total if self._window.targets is None else self._window.targets
+        targets = self._window.targets
+        if targets is None:
+            targets = tuple(total // engine.mesh.mesh.sp for total in totals)
+        elif counts and len(targets) != len(counts):
+            raise InputError(
+                f"the loss has {len(counts)} parts with targets of their own, but `targets` counts {len(targets)}: "
+                "give what count_targets returns"
+            )
+        known = count_values(targets)
         for name in loaded.count_names:
-            values[name] = torch.tensor(float(targets), dtype=torch.float32).to(engine.mesh.device)
+            values[name] = known[name].to(engine.mesh.device)
         return loaded, values | seed.keys(loaded.program, engine.mesh.device)
 
     def _logits(self, batch: Mapping[str, Any], versions: int, seed: ForwardSeed) -> Tensor:
@@ -180,21 +206,23 @@ class ParallelModule(nn.Module):
             loaded, values = self._prepare(batch, True, seed)
             return self.engine.whole_output(loaded, 1, loaded.run(values, self.store.local)[1])
 
-    def count_targets(self, batches: Sequence[Mapping[str, Any]]) -> int:
+    def count_targets(self, batches: Sequence[Mapping[str, Any]]) -> TargetCount:
         """Target tokens of these micro-batches over all ranks: `targets` of an accumulation window (a collective)."""
-        count, error = 0, None
+        counts: tuple[int, ...] = ()
+        error = None
         try:
-            count = sum(map(self._count_targets, batches))
+            counts = tuple(map(sum, zip(*map(self._count_targets, batches))))
         except Exception as failure:
             error = failure
         mesh = self.engine.mesh
         with self._watch.guard("count_targets"):
-            return step_agreement(count, "", error, mesh.control) // mesh.mesh.sp
+            totals = step_agreement(counts, "", error, mesh.control)
+        return TargetCount([total // mesh.mesh.sp for total in totals])
 
-    def _count_targets(self, given: Mapping[str, Any]) -> int:
+    def _count_targets(self, given: Mapping[str, Any]) -> tuple[int, ...]:
         batch = self.budget.fill(to_host(given)).batch
         capture = self.engine.capture(batch, batch_signature(batch, self.training))
-        return 0 if capture.targets is None else capture.targets.count(capture.inputs.prepare(batch))
+        return capture.counts(capture.inputs.prepare(batch))
 
     @contextlib.contextmanager
     def accumulate(self, last: bool, targets: int | None = None) -> Iterator[None]:
@@ -204,7 +232,8 @@ class ParallelModule(nn.Module):
         of their gradients is the window's. Without it scale the losses as with any module.
         """
         before = self._window
-        self._window = Window(last, targets)
+        counted = targets.by_loss if isinstance(targets, TargetCount) else None if targets is None else (targets,)
+        self._window = Window(last, counted)
         try:
             yield
         finally:
@@ -251,6 +280,23 @@ class ParallelModule(nn.Module):
         with self._watch.guard("load_state_dict"):
             missing, unexpected = self._state.load(state_dict, strict)
         return torch.nn.modules.module._IncompatibleKeys(missing, unexpected)
+
+    @property
+    def model_name(self) -> str:
+        return type(self.engine.model).__name__
+
+    def stored(self) -> dict[str, Tensor]:
+        """The parameters as this rank stores them: local shards, zero-padded where a dimension is uneven, by name."""
+        return dict(self.store.local)
+
+    def stored_buffers(self) -> dict[str, Tensor]:
+        """Buffers of the state dict, each under one name."""
+        return self._state.persistent_buffers()
+
+    def as_whole(self, name: str, local: Tensor) -> Tensor:
+        """A tensor of the shape of the stored shard of parameter `name` (a moment, say) as part of the whole one: a
+        DTensor on the same memory without padding; `local` itself where nothing is cut."""
+        return self.store.as_dtensor(name, local.detach())
 
     def full_gradient(self, name: str) -> Tensor | None:
         """The whole gradient of a parameter on every rank (a collective); for checks at small sizes."""

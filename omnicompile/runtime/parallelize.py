@@ -85,7 +85,7 @@ def _distributed(
 ) -> ParallelModule:
     batch = to_host(example_batch)
     facts = {
-        "plan": str(_plan_lines(plan)),
+        "plan": str(plan_lines(plan)),
         "versions": installed_versions(),
         "model": model_structure(model),
         "options": f"backend {backend}\nmaster_dtype {master_dtype}\nsegments {segments}\nseed {seed}",
@@ -146,7 +146,7 @@ def _workload(example: Mapping[str, Any]) -> Workload:
     return Workload(seq_len=ids.shape[-1], images=images)
 
 
-def _plan_lines(plan: Plan) -> str:
+def plan_lines(plan: Plan) -> str:
     """The choices that decide what runs, one a line."""
     lines = [f"mesh {plan.mesh}", f"micro-batch {plan.micro_batch}", f"loss head {plan.loss_head}"]
     lines += [f"dtype {plan.param_dtype}, gradients {plan.reduce_dtype}"]

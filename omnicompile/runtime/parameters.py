@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Shard
 
 from omnicompile.errors import InputError, LoweringError
@@ -37,6 +38,7 @@ class ParameterStore:
         self.mesh = mesh
         self.specs = {spec.name: spec for spec in specs.values()}
         self.local: dict[str, nn.Parameter] = {}
+        self._device_meshes: dict[tuple[str, ...], DeviceMesh] = {}
 
     def fill(self, full: Mapping[str, Tensor]) -> None:
         """Take this rank's shards of whole parameters. Raises LoweringError for one that has no values."""
@@ -59,7 +61,7 @@ class ParameterStore:
         spec = self.specs[name]
         if not spec.shards:
             return local
-        device_mesh = self.mesh.device_mesh(tuple(shard.axes for shard in spec.shards))
+        device_mesh = self._device_mesh(tuple(shard.axes for shard in spec.shards))
         placements: list[Placement] = [Shard(shard.dim) for shard in spec.shards]
         stride = torch.empty(spec.shape, device="meta").stride()
         return DTensor.from_local(
@@ -70,6 +72,11 @@ class ParameterStore:
             shape=torch.Size(spec.shape),
             stride=stride,
         )
+
+    def _device_mesh(self, axes: tuple[str, ...]) -> DeviceMesh:
+        if axes not in self._device_meshes:
+            self._device_meshes[axes] = self.mesh.device_mesh(axes)
+        return self._device_meshes[axes]
 
     def _unpadded(self, spec: ParamSpec, local: Tensor) -> Tensor:
         """DTensor keeps no padding: the last ranks of an uneven dimension hold less."""

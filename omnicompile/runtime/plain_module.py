@@ -55,6 +55,20 @@ class PlainModule(nn.Module):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         return self._model[0].load_state_dict(state_dict, strict, assign)
 
+    @property
+    def model_name(self) -> str:
+        return type(self._model[0]).__name__
+
+    def stored(self) -> dict[str, Tensor]:
+        return dict(self._model[0].named_parameters())
+
+    def stored_buffers(self) -> dict[str, Tensor]:
+        keys = self._model[0].state_dict().keys()
+        return {name: value for name, value in self._model[0].named_buffers() if name in keys}
+
+    def as_whole(self, name: str, local: Tensor) -> Tensor:
+        return local.detach()
+
     def full_gradient(self, name: str) -> Tensor | None:
         return dict(self._model[0].named_parameters())[name].grad
 

@@ -61,6 +61,14 @@ class State:
         values = {name: value.detach() for name, value in self.buffers.items()} | self.store.state_dict()
         return {key: values[name] for key, name in self.keys.items() if name in values}
 
+    def persistent_buffers(self) -> dict[str, Tensor]:
+        """Those that the state dict has, each under one name."""
+        names = {name for key, name in self.keys.items() if name in self.buffers}
+        found: dict[int, tuple[str, Tensor]] = {}
+        for name in sorted(names):
+            found.setdefault(id(self.buffers[name]), (name, self.buffers[name]))
+        return dict(found.values())
+
     def load(self, state: Mapping[str, Any], strict: bool) -> tuple[list[str], list[str]]:
         """Copy whole tensors or DTensors by the plain model's keys; of a tied parameter one name is enough, and two
         must be equal. Returns missing and unexpected keys. Raises InputError naming what does not fit."""
