@@ -29,6 +29,9 @@ _TOGETHER = {
 
 Place = tuple[int, int, int]
 
+_SMALL = 0.1
+"""Bytes of gradients that are not waited for, as a part of the largest unit's."""
+
 
 @dataclass(frozen=True)
 class Overlapped:
@@ -264,16 +267,15 @@ class _Overlap:
         return dict(sorted(found.items(), key=lambda item: self.index[item[0]]))
 
     def _waited(self, units: list[_Unit]) -> list[int | None]:
-        """Where each unit's scatter is waited for; None: at the end. A unit waits until those before it leave room: no
-        more bytes are on their way at a time than a unit and the one before it have had by then."""
+        """Where each unit's scatter is waited for; None: at the end. A unit waits for those before it, which have had
+        the unit's backward to themselves, but not for what is small beside the largest: the wait would gain nothing."""
         places: list[int | None] = [None] * len(units)
         sizes = [
             storages_bytes((s for node in unit.launches for s in node.all_input_nodes), self.rows) for unit in units
         ]
-        oldest, room = 0, 0
+        oldest = 0
         for i, unit in enumerate(units):
-            room = max(room, sum(sizes[max(i - 1, 0) : i + 1]))
-            while sum(sizes[oldest : i + 1]) > room:
+            while sum(sizes[oldest : i + 1]) > max(sizes[: i + 1]) * (1.0 + _SMALL):
                 places[oldest] = unit.place
                 oldest += 1
         return places
