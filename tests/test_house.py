@@ -12,6 +12,8 @@ CODE = sorted(path for folder in ("omnicompile", "passes", "cost_model") for pat
 FAMILIES = re.compile(
     r"qwen|llama|deepseek|whisper|siglip|janus|gemma|llava|mi[sx]tral|internvl|emu3|kimi|minicpm|pixtral|idefics", re.I
 )
+MODELS = ROOT / "omnicompile" / "recipes" / "models"
+"""Data of the recipe zoo: the one place that names models."""
 PRIVATE_TORCH = re.compile(
     r"torch\._(inductor|functorch|subclasses|C|dynamo)\b|torch\.distributed\.tensor\._|_c10d_functional import"
 )
@@ -36,7 +38,7 @@ def test_there_is_code_to_check() -> None:
 @pytest.mark.parametrize("path", CODE, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_file_keeps_the_rules(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    assert not FAMILIES.findall(text), "names a model family"
+    assert path.parent == MODELS or not FAMILIES.findall(text), "names a model family"
     assert path.name == "torch_compat.py" or not PRIVATE_TORCH.findall(text), "uses a private part of torch"
     assert text.count("\n") <= 500, "is longer than 500 lines"
     parts = path.relative_to(ROOT).parts

@@ -179,7 +179,8 @@ def _from_import(spec: str, module_name: str, name: str, config: str | None) -> 
         data = config_source.read_config(file)
         sources["config.json"] = file.read_bytes()
     build = config_source.builder(target, data, spec, config)
-    return ModelSource(name, spec, _guarded(build, spec, None), digest("import", spec, sources))
+    title = module_name.rpartition(".")[2] if name == "build" else name
+    return ModelSource(title, spec, _guarded(build, spec, None), digest("import", spec, sources))
 
 
 def _run_file(path: Path) -> ModuleType:

@@ -18,7 +18,9 @@ from typing import NoReturn, Protocol
 from omnicompile.errors import OmniCompileError
 
 # A command is one module with `HELP`, `EXAMPLES`, `add_arguments` and `run`, and one name here.
-COMMANDS = ("plan", "simulate", "explain", "compare", "inspect", "show", "verify", "calibrate", "doctor")
+COMMANDS = (
+    "plan", "simulate", "explain", "compare", "inspect", "show", "verify", "recipes", "calibrate", "doctor",
+)  # fmt: skip
 DESCRIPTION = "Plan, inspect and run distributed training of unmodified PyTorch models, omni-modal ones above all."
 EPILOG = """\
 examples:
@@ -30,6 +32,7 @@ examples:
   omnicompile inspect model.py                                 parameters, FLOPs and activations per layer
   omnicompile verify model.py --gpus 8                         prove that the distributed model equals the original
   omnicompile show model.py --gpus 8 --tiny                    the rewritten program, with its collectives
+  omnicompile recipes                                          plans for published models, ready to copy
   omnicompile calibrate --out my.yaml                          measure this machine, for --gpu my.yaml
   omnicompile doctor                                           what this machine and installation can do
 

@@ -1,0 +1,1 @@
+../../../examples/llama_3_1_8b.py

@@ -1,0 +1,1 @@
+../../../benchmarks/models/omni_moe_30b_a3b.py

@@ -1,0 +1,1 @@
+../../../examples/qwen2_vl_72b.py
