@@ -39,7 +39,7 @@ def fuse_loss_head_pass(program: RankProgram, plan: Plan | None = None, rows: in
     """
     if (plan.loss_head if plan is not None else program.loss_head) is not LossHead.CHUNKED:
         return program
-    if len(program.output_nodes()) > 1:
+    if any(node.meta["val"].dim() for node in program.output_nodes()):
         program.log.append("chunked loss: none, since the logits are asked for")
         return program
     losses = list(program.gm.graph.find_nodes(op="call_function", target=aten.cross_entropy_loss.default))

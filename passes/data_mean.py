@@ -40,12 +40,12 @@ def insert_data_mean_pass(program: RankProgram, plan: Plan | None = None) -> Ran
         if node.op == "call_function" and operator_name(node) == _LOSS:
             _multiply(program, node, float(ranks))
     walk.run()
-    loss = program.output_nodes()[0]
     (output,) = program.gm.graph.find_nodes(op="output")
-    with program.gm.graph.inserting_before(output):
-        mean = program.gm.graph.call_function(collectives.share, (loss, ranks))
-    mean.meta = dict(loss.meta)
-    output.replace_input_with(loss, mean)
+    for loss in dict.fromkeys(n for n in program.output_nodes() if n.meta["val"].dim() == 0):
+        with program.gm.graph.inserting_before(output):
+            mean = program.gm.graph.call_function(collectives.share, (loss, ranks))
+        mean.meta = dict(loss.meta)
+        output.replace_input_with(loss, mean)
     program.gm.graph.lint()
     program.gm.recompile()
     program.log.append(f"global means: {walk.averages} averages over {ranks} data ranks")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from omnicompile.errors import LoweringError
 from omnicompile.passes.propagate import module_of, schema_values
@@ -19,35 +21,46 @@ def normalise_loss_pass(program: RankProgram, plan: Plan | None = None) -> RankP
 
     Before: `l = cross_entropy_loss(logits, labels)`. After: `l = cross_entropy_loss(logits, labels, reduction=sum) /
     num_targets`. Ranks have different numbers of targets, so the mean of means is not the mean; with the sum, the
-    losses of all ranks and micro-steps add up to the global mean, and so do the gradients.
+    losses of all ranks and micro-steps add up to the global mean, and so do the gradients. Several losses have a count
+    each: `num_targets`, `num_targets_1`, ..., in the order of the graph.
     """
-    means = [n for n in program.gm.graph.nodes if _is_mean(n)]
-    for node in means:
+    means = [n for n in program.gm.graph.nodes if is_mean_loss(n)]
+    for number, node in enumerate(means):
         if schema_values(node)["weight"] is not None:
             raise LoweringError(
                 f"a class-weighted mean loss in {module_of(node)} is not supported: use reduction='sum'"
             )
-        _rewrite(program, node, _count_input(program))
+        _rewrite(program, node, _count_input(program, count_name(number)))
     program.gm.graph.lint()
     program.gm.recompile()
     program.log.append(f"loss: {len(means)} means over targets became sums over the global count")
     return program
 
 
-def _is_mean(node: fx.Node) -> bool:
+def count_name(number: int) -> str:
+    """The input that holds the number of targets of the loss with this number."""
+    return COUNT if number == 0 else f"{COUNT}_{number}"
+
+
+def count_values(targets: float | Sequence[int], ranks: int = 1) -> dict[str, Tensor]:
+    """The values of the count inputs where each of `ranks` ranks has `targets` targets, of each loss. A loss without
+    targets is 0."""
+    counts = targets if isinstance(targets, Sequence) else [targets]
+    return {count_name(i): torch.tensor(float(max(1, count * ranks))) for i, count in enumerate(counts)}
+
+
+def is_mean_loss(node: fx.Node) -> bool:
+    """Whether a node is a cross-entropy averaged over its targets."""
     is_loss = node.target is torch.ops.aten.cross_entropy_loss.default
     return is_loss and schema_values(node)["reduction"] == _MEAN
 
 
-def _count_input(program: RankProgram) -> fx.Node:
+def _count_input(program: RankProgram, name: str) -> fx.Node:
     placeholders = list(program.gm.graph.find_nodes(op="placeholder"))
-    for node in placeholders:
-        if node.name == COUNT:
-            return node
     with program.gm.graph.inserting_after(placeholders[-1]):
-        node = program.gm.graph.placeholder(COUNT)
+        node = program.gm.graph.placeholder(name)
     node.meta["val"] = placeholders[0].meta["val"].new_empty((), dtype=torch.float32)
-    program.inputs[node.name] = InputSpec(COUNT, "count")
+    program.inputs[node.name] = InputSpec(name, "count")
     return node
 
 

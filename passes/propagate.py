@@ -226,7 +226,7 @@ class Propagation:
         new = self.redistribute.convert(values[0], loss, PARTIAL, node)
         self._set(new, PARTIAL)
         node.replace_input_with(values[0], new)
-        rest = tuple(self.actual[v][0] for v in values[1:])
+        rest = tuple(self.actual[v][0] for v in self.program.output_nodes()[1:])
         self.program.outputs = (PARTIAL, *rest)
 
     # Calls -----------------------------------------------------------------------------------------------------------

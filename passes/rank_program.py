@@ -92,8 +92,8 @@ class RankProgram:
 
     blocks: by the names in node.meta["block"]. params / inputs: by placeholder name. param_dtype: compute dtype, None
     for the stored one. reduce_dtype: of the gradient reductions. groups: axes strings in use. outputs: placement of
-    every output over sp; the first is the loss and Partial over all data ranks. aligned: placeholders of segment
-    bounds that must include every multiple of the given size (see `check_alignment`).
+    every output over sp; scalars are a data rank's summands, the first is the loss and Partial. aligned: placeholders
+    of segment bounds that must include every multiple of the given size (see `check_alignment`).
     """
 
     gm: fx.GraphModule

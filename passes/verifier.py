@@ -8,7 +8,7 @@ declares, the captured graph's. All ranks run one graph, so that the order of co
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,7 @@ from omnicompile.passes import collectives, expert_ops
 from omnicompile.passes.dropout import replace_dropout_pass
 from omnicompile.passes.dropout_op import site_keys
 from omnicompile.passes.functional import remove_mutation_pass
+from omnicompile.passes.loss import count_values
 from omnicompile.passes.propagate import module_of
 from omnicompile.passes.rank_program import DATA_AXES, GROUP_PREFIX, ParamSpec, RankProgram, axis_size
 from omnicompile.passes.simulate import SIMULATED_SEED, Recorder, run_ranks
@@ -75,20 +76,25 @@ def _summed_axes(program: RankProgram, node: fx.Node, spec: ParamSpec) -> list[s
 
 
 def verify_lowering(
-    original: RankProgram, lowered: RankProgram, values: Mapping[str, Tensor], targets: float, tolerance: float = 1e-5
+    original: RankProgram,
+    lowered: RankProgram,
+    values: Mapping[str, Tensor],
+    targets: float | Sequence[int],
+    tolerance: float = 1e-5,
 ) -> Report:
     """Compare `lowered` with `original`, from which it was made, on `values` (whole, by placeholder of the original).
 
-    Every data rank gets the same micro-batch, of `targets` target tokens. Raises VerificationError naming the first
+    Every data rank gets the same micro-batch, of `targets` target tokens (for each loss, where there are several).
+    Raises VerificationError naming the first
     node, the loss or the gradient that differs by more than `tolerance` (relative).
     """
     check_gradient_axes(lowered)
     original = remove_mutation_pass(original.copy())  # a value changed in place later would compare wrong
     original = replace_dropout_pass(original)
     loss, want_grads, want = _run_whole(original, values)
-    count = torch.tensor(float(targets * lowered.mesh.data_ranks))
+    counts = count_values(targets, lowered.mesh.data_ranks)
     try:
-        losses, got_grads, held = run_ranks(lowered, lambda name, _: values.get(name, count), one_batch=True)
+        losses, got_grads, held = run_ranks(lowered, lambda name, _: values.get(name, counts.get(name)), one_batch=True)
     except (RuntimeError, AssertionError, IndexError, ValueError) as error:
         raise VerificationError(f"the lowered forward does not run: {str(error).splitlines()[0]}") from error
     nodes = _check_nodes(original, lowered, want, held, tolerance)
@@ -145,6 +151,16 @@ def _own_order(graph: fx.Graph) -> set[fx.Node]:
     return found
 
 
+def _after_losses(graph: fx.Graph) -> set[str]:
+    """Losses, of which a mean may have become a data rank's share of it, and what is computed from them."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        is_loss = node.target is torch.ops.aten.cross_entropy_loss.default
+        if node.op == "call_function" and (is_loss or any(source in found for source in node.all_input_nodes)):
+            found.add(node)
+    return {node.name for node in found}
+
+
 def _check_nodes(
     original: RankProgram,
     lowered: RankProgram,
@@ -152,14 +168,12 @@ def _check_nodes(
     held: Mapping[str, list[Tensor]],
     tolerance: float,
 ) -> int:
-    skipped = {node.name for node in _own_order(lowered.gm.graph)}
+    skipped = {node.name for node in _own_order(lowered.gm.graph)} | _after_losses(original.gm.graph)
     checked = 0
     for node in original.gm.graph.nodes:
         name = node.name
         if node.op != "call_function" or name not in want or name not in held or name in skipped:
             continue
-        if node.target is torch.ops.aten.cross_entropy_loss.default:
-            continue  # a mean may have become a sum
         checked += 1
         for start in range(0, lowered.mesh.world, lowered.mesh.sp):
             pieces = held[name][start : start + lowered.mesh.sp]

@@ -12,6 +12,8 @@ from omnicompile.capture.regions import modality_of_input
 from omnicompile.errors import LoweringError
 from omnicompile.lowering.graph_capture import CapturedForward
 from omnicompile.lowering.placing import assign_blocks, token_dim
+from omnicompile.passes.loss import is_mean_loss
+from omnicompile.passes.propagate import module_of, schema_values
 from omnicompile.passes.rank_program import InputSpec, ParamSpec, RankProgram
 from omnicompile.plan import Plan
 
@@ -98,6 +100,8 @@ def rank_program(
         param_dtype=None if compute == stored else compute,
         reduce_dtype=dtype_named(plan.reduce_dtype),
         loss_head=plan.loss_head,
+        overlap=plan.overlap,
+        cluster=plan.cluster,
     )
 
 
@@ -111,40 +115,75 @@ def _sources(captured: CapturedForward) -> dict[str, frozenset[str]]:
 
 
 @dataclass(frozen=True)
-class Targets:
-    """Counts the target tokens of a batch: the graph's own computation of the loss's targets, cut out."""
+class _LossTargets:
+    """The graph's own computation of one loss's targets, cut out, with the placeholders that it reads."""
 
     gm: fx.GraphModule
     names: tuple[str, ...]
     ignore: int
 
     def count(self, values: Mapping[str, Tensor]) -> int:
-        targets = self.gm(*(values[name] for name in self.names))
-        return int((targets != self.ignore).sum())
+        return int((self.gm(*(values[name] for name in self.names)) != self.ignore).sum())
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Counts the targets of a batch, for each mean cross-entropy of the loss in the order of the graph."""
+
+    losses: tuple[_LossTargets, ...]
+
+    def counts(self, values: Mapping[str, Tensor]) -> tuple[int, ...]:
+        return tuple(loss.count(values) for loss in self.losses)
+
+    def count(self, values: Mapping[str, Tensor]) -> int:
+        """Of all losses together."""
+        return sum(self.counts(values))
 
 
 def find_targets(captured: CapturedForward) -> Targets | None:
-    """The targets of the graph's one cross-entropy; None for another loss, which is then not normalised globally."""
-    loss = torch.ops.aten.cross_entropy_loss.default
-    found = [n for n in captured.gm.graph.nodes if n.target is loss]
-    if len(found) != 1:
-        return None
-    node = found[0]
-    ignore = node.args[4] if len(node.args) > 4 else -100
+    """The targets of the cross-entropies whose mean the loss contains; None if it contains none.
+
+    Raises LoweringError where it cannot be told before the step how many there are.
+    """
+    output = captured.gm.graph.output_node().args[0]
+    assert isinstance(output, tuple | list)
+    loss = output[captured.outputs.index("loss")] if "loss" in captured.outputs else None
+    reached = _ancestors(loss) if isinstance(loss, fx.Node) else set()
+    found = [node for node in captured.gm.graph.nodes if node in reached and is_mean_loss(node)]
+    return Targets(tuple(_targets_of(captured, node) for node in found)) if found else None
+
+
+def _targets_of(captured: CapturedForward, loss: fx.Node) -> _LossTargets:
+    """Targets that are themselves made of data (codes of an image, say) count as targets wherever the host's part of
+    the computation does not replace them by the ignored index."""
     graph = fx.Graph()
     memo: dict[fx.Node, fx.Node] = {}
-    needed = _ancestors(node.args[1])
+    values = schema_values(loss)
+    targets: fx.Node = values["target"]
+    needed = _ancestors(targets)
     names: list[str] = []
     for item in captured.gm.graph.nodes:
         if item not in needed:
             continue
-        if item.op == "placeholder":
-            if item.name not in captured.host:
-                return None
+        value = item.meta.get("val")
+        if item.op == "placeholder" and item.name in captured.host:
             names.append(item.name)
-        memo[item] = graph.node_copy(item, lambda x: memo[x])
-    graph.output(memo[node.args[1]])
-    return Targets(fx.GraphModule(captured.gm, graph), tuple(names), int(ignore))
+            memo[item] = graph.node_copy(item)
+        elif all(source in memo for source in item.all_input_nodes) and item.op != "placeholder":
+            memo[item] = graph.node_copy(item, lambda x: memo[x])
+        elif isinstance(value, Tensor) and not value.is_floating_point():
+            memo[item] = graph.call_function(torch.zeros, (list(value.shape),), {"dtype": value.dtype})
+    if targets not in memo:
+        raise LoweringError(
+            f"the targets of the loss in {module_of(loss)} are not class indices, so they cannot be counted: use "
+            "reduction='sum', or integer targets"
+        )
+    graph.output(memo[targets])
+    graph.eliminate_dead_code()
+    used = {node.name for node in graph.find_nodes(op="placeholder")}
+    return _LossTargets(
+        fx.GraphModule(captured.gm, graph), tuple(n for n in names if n in used), int(values["ignore_index"])
+    )
 
 
 def _ancestors(node: fx.Node) -> set[fx.Node]:

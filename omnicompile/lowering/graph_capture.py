@@ -24,6 +24,7 @@ from omnicompile.lowering.host_program import HostProgram, fake_copy, fit, is_ho
 from omnicompile.torch_compat import as_in_eager, new_fake_mode
 
 DEFAULT_SEGMENTS = 64
+LOSS_PART = "losses."  # before the name of a summand of the loss among the outputs
 
 
 @dataclass
@@ -94,7 +95,8 @@ class _Forward(nn.Module):
 
 
 def find_outputs(output: Any) -> dict[str, Tensor]:
-    """loss and logits in a model's output: `.loss` / `.logits`, mapping entries, or a bare scalar loss."""
+    """loss and logits in a model's output: `.loss` / `.logits`, mapping entries, or a bare scalar loss. The summands
+    that a model reports as a mapping `losses` are `losses.NAME`."""
     if isinstance(output, Tensor):
         return {"loss": output} if output.numel() == 1 else {"logits": output}
     if isinstance(output, Mapping):
@@ -104,6 +106,9 @@ def find_outputs(output: Any) -> dict[str, Tensor]:
     else:
         found = {name: getattr(output, name, None) for name in ("loss", "logits")}
     tensors = {name: value for name, value in found.items() if isinstance(value, Tensor)}
+    parts = output.get("losses") if isinstance(output, Mapping) else None
+    if isinstance(parts, Mapping):
+        tensors |= {LOSS_PART + name: value for name, value in parts.items() if isinstance(value, Tensor)}
     if not tensors:
         raise CaptureError("the model's forward returns neither a loss nor logits: return one of them")
     if "loss" in tensors and tensors["loss"].numel() != 1:

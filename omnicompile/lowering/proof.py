@@ -24,6 +24,7 @@ from omnicompile.lowering.tiny import Batch, TinyModel
 from omnicompile.passes import lower_forward
 from omnicompile.passes.dropout import KeyedDropout
 from omnicompile.passes.functional import remove_mutation_pass
+from omnicompile.passes.loss import count_values
 from omnicompile.passes.rank_program import GROUP_PREFIX, RankProgram
 from omnicompile.passes.simulate import SIMULATED_SEED, run_ranks
 from omnicompile.passes.verifier import verify_lowering
@@ -100,12 +101,11 @@ def prove(tiny: TinyModel, plan: Plan, name: str = "", check_values: bool = True
     batches, prepared, uneven = _prepared(tiny, program, plan.mesh.data_ranks)
     loss, want = _reference(tiny.model, batches)
     targets = find_targets(program.captured)
-    counts = [targets.count(values) if targets is not None else 1 for values in prepared]
-    fixed = _fixed(program, tiny.model)
-    total = torch.tensor(float(sum(counts)))
+    counts = [targets.counts(values) if targets is not None else () for values in prepared]
+    known = _fixed(program, tiny.model) | count_values([sum(parts) for parts in zip(*counts)])
 
     def whole(placeholder: str, data_rank: int) -> Tensor:
-        return fixed[placeholder] if placeholder in fixed else prepared[data_rank].get(placeholder, total)
+        return known[placeholder] if placeholder in known else prepared[data_rank][placeholder]
 
     losses, got = _run(lowered, whole)
     first = _first_names(tiny.model)
@@ -123,7 +123,8 @@ def prove(tiny: TinyModel, plan: Plan, name: str = "", check_values: bool = True
                 notes.append(f"{len(beyond)} gradients are as exact as float32 makes them, within {_MOST_ROUNDING:.0e}")
     nodes, verdict = 0, ""
     if check_values:
-        nodes, verdict = _verdict(program, lowered, fixed | prepared[0], counts[0], loss_tolerance)
+        values = _fixed(program, tiny.model) | prepared[0]
+        nodes, verdict = _verdict(program, lowered, values, counts[0], loss_tolerance)
     return ProofReport(
         model=name or type(tiny.model).__name__,
         plan=plan,
@@ -195,7 +196,11 @@ def _run(lowered: RankProgram, whole: Any) -> tuple[list[float], dict[str, Tenso
 
 
 def _verdict(
-    program: TinyProgram, lowered: RankProgram, values: Mapping[str, Tensor], targets: int, tolerance: float
+    program: TinyProgram,
+    lowered: RankProgram,
+    values: Mapping[str, Tensor],
+    targets: tuple[int, ...],
+    tolerance: float,
 ) -> tuple[int, str]:
     # A value that is changed in place afterwards could not be compared.
     original = remove_mutation_pass(program.before.copy(), None)

@@ -1,6 +1,6 @@
 """Forward, loss and backward of one rank in one graph.
 
-    step(placeholders of the forward) -> (local loss, gradient of each trained parameter's local shard)
+    step(placeholders of the forward) -> (local loss, gradient of each trained parameter's local shard, other outputs)
 
 Everything in it is an ATen operator, an anchor or a functional collective; nothing of autograd is left. Whole
 parameters are gathered again for the backward instead of being kept from the forward.
@@ -14,11 +14,16 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from omnicompile.cluster import Cluster
 from omnicompile.errors import LoweringError
+from omnicompile.lowering.step_prices import ExchangeClock
+from omnicompile.passes.async_ulysses import schedule_exchanges_pass
+from omnicompile.passes.liveness import balanced_rows
 from omnicompile.passes.no_ops import no_ops_pass
 from omnicompile.passes.overlap import last_unit, overlap_pass
 from omnicompile.passes.rank_program import RankProgram
 from omnicompile.passes.recompute import recompute_pass
+from omnicompile.passes.replica_sums import sum_over_replicas_pass
 from omnicompile.passes.segments import FORWARD, is_forward
 from omnicompile.torch_compat import FakeTensorMode, new_fake_mode, nodes_traced_since, traced_nodes
 
@@ -38,6 +43,7 @@ class StepGraph:
     gradients: tuple[str, ...]
     gathers: int = 0
     recomputed: int = 0
+    summed: frozenset[str] = frozenset()  # placeholders whose gradients are summed over replicas in the graph
 
 
 class _MarkForward(fx.Interpreter):
@@ -53,8 +59,11 @@ class _MarkForward(fx.Interpreter):
         return result
 
 
-def trace_step(program: RankProgram) -> StepGraph:
-    """Trace the forward's loss (its first output) and its gradients. Groups may be bound or not.
+def trace_step(program: RankProgram, last: bool = False) -> StepGraph:
+    """Trace the forward's loss (its first output), its gradients, and what else the forward gives out. Groups may be
+    bound or not.
+
+    last: for a step without accumulation, where gradients may be summed over replicas too, if the plan says so.
 
     Raises LoweringError naming a trained parameter that gets no gradient although the forward uses it.
     """
@@ -68,10 +77,10 @@ def trace_step(program: RankProgram) -> StepGraph:
 
     def step(*arguments: Tensor) -> tuple[Tensor, ...]:
         leaves = [a.detach().requires_grad_(i in trained) for i, a in enumerate(arguments)]
-        loss = marked.run(*leaves)[0]
+        loss, *rest = marked.run(*leaves)
         found = torch.autograd.grad(loss, [leaves[i] for i in trained], allow_unused=True)
         used.extend(i for i, grad in zip(trained, found) if grad is not None)
-        return (loss.detach(), *(grad for grad in found if grad is not None))
+        return (loss.detach(), *(grad for grad in found if grad is not None), *(value.detach() for value in rest))
 
     with mode, torch.enable_grad(), torch.autograd.set_multithreading_enabled(False):
         gm = make_fx(step)(*fakes)
@@ -82,9 +91,16 @@ def trace_step(program: RankProgram) -> StepGraph:
     freed = {n.name for n in nodes if n.name in program.params and n.meta.get("block") not in keeps}
     gathers = gather_again(gm, freed - last_unit(gm))
     gradients = tuple(nodes[i].name for i in used)
+    if program.overlap.exchanges:
+        cluster = program.cluster or Cluster(gpus=program.mesh.world, gpus_per_node=program.mesh.world)
+        clock = ExchangeClock.of(program.mesh, cluster, balanced_rows(gm.graph), program.bound)
+        schedule_exchanges_pass(gm, clock)
     overlap_pass(gm, gradients)
     no_ops_pass(gm)
-    return StepGraph(gm, gradients, gathers, recomputed)
+    summed: set[str] = set()
+    if last and program.overlap.replica_sums:
+        summed = sum_over_replicas_pass(gm, gradients, program.params, program.bound)
+    return StepGraph(gm, gradients, gathers, recomputed, frozenset(summed))
 
 
 def _local_fake(program: RankProgram, node: fx.Node, mode: FakeTensorMode) -> Tensor:

@@ -17,6 +17,7 @@ from omnicompile.errors import LoweringError, OmniCompileError
 _HASH_BITS = 24  # squares of hashes, summed over all ranks, must fit into 63 bits
 _SAMPLES = 64  # values of a parameter that are compared
 _SHOWN = 4  # different values that a message shows
+MOST_LOSSES = 16  # that are normalised by a count of their own
 REMEDIES: Mapping[str, str] = {
     "plan": "give every rank the same recipe",
     "model": "build the same model on every rank",
@@ -104,15 +105,20 @@ def ranks_text(ranks: Sequence[int]) -> str:
     return f"{'ranks' if len(ranks) > 1 else 'rank'} {', '.join(parts)}"
 
 
-def step_agreement(count: int, signature: str, error: Exception | None, group: dist.ProcessGroup) -> int:
-    """The sum of `count` over all ranks, after making sure that all run the same graph and none has failed to prepare.
+def step_agreement(
+    counts: Sequence[int], signature: str, error: Exception | None, group: dist.ProcessGroup
+) -> tuple[int, ...]:
+    """The sum of each of `counts` over all ranks, after making sure that all run the same graph and none has failed to
+    prepare.
 
     Raises on every rank: the rank's own error, or LoweringError naming the ranks that failed or differ.
     """
     number = short_hash(signature)
-    vector = torch.tensor([count, number, number * number, int(error is not None)], dtype=torch.int64)
+    # One vector of one length on all ranks, also where a rank that failed does not know how many counts there are.
+    padded = [*counts, *[0] * (MOST_LOSSES - len(counts))]
+    vector = torch.tensor([number, number * number, int(error is not None), *padded], dtype=torch.int64)
     dist.all_reduce(vector, group=group)
-    total, plain, squares, failed = vector.tolist()
+    plain, squares, failed, *totals = vector.tolist()
     if failed:
         messages = gather_text("" if error is None else _cause(error), group)
         if isinstance(error, OmniCompileError):
@@ -122,7 +128,7 @@ def step_agreement(count: int, signature: str, error: Exception | None, group: d
         raise LoweringError(f"{ranks_text(bad)} could not prepare {whose}: {messages[bad[0]]}") from error
     if dist.get_world_size(group) * squares != plain * plain:
         require_same({"shapes of the batch": signature}, group)
-    return int(total)
+    return tuple(totals[: len(counts)])
 
 
 def _cause(error: Exception) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,14 +21,14 @@ from omnicompile.lowering.driver import (
     rank_program,
     with_outputs,
 )
-from omnicompile.lowering.graph_capture import CapturedForward, LoweredInputs, capture_forward
+from omnicompile.lowering.graph_capture import LOSS_PART, CapturedForward, LoweredInputs, capture_forward
 from omnicompile.lowering.host_program import is_host_input
 from omnicompile.passes.chunked_loss import has_chunked_loss
 from omnicompile.passes.placement import Partial, Replicate, Shard
 from omnicompile.passes.rank_program import DATA_AXES, RankProgram, bind_groups
 from omnicompile.plan import LossHead, Plan
 from omnicompile.recompute import Recompute
-from omnicompile.runtime.agreement import require_same
+from omnicompile.runtime.agreement import MOST_LOSSES, require_same
 from omnicompile.runtime.backends import Backend, Compilations, Function, move_to
 from omnicompile.runtime.mesh import RuntimeMesh
 from omnicompile.runtime.state import own_buffers
@@ -44,13 +44,17 @@ class Capture:
     inputs: LoweredInputs
     targets: Targets | None
 
+    def counts(self, values: Mapping[str, Tensor]) -> tuple[int, ...]:
+        """Targets of each loss that is normalised by their number, in the batch that `values` were prepared from."""
+        return () if self.targets is None else self.targets.counts(values)
+
 
 @dataclass
 class LoadedProgram:
     """A lowered forward with its groups bound, on its device. order: placeholders; fixed: those that never change.
 
     forward: the forward alone. step: forward and backward in one graph, made when first asked for; None where the
-    backend leaves the backward to autograd.
+    backend leaves the backward to autograd. parts: names of the losses that the outputs after the first are.
     """
 
     program: RankProgram
@@ -58,6 +62,7 @@ class LoadedProgram:
     fixed: dict[str, Tensor]
     forward: Function
     make_step: Callable[[RankProgram], tuple[Function, tuple[str, ...]]] | None = None
+    parts: tuple[str, ...] = ()
     _step: tuple[Function, tuple[str, ...]] | None = None
 
     def run(self, values: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
@@ -66,16 +71,17 @@ class LoadedProgram:
 
     def step(
         self, values: Mapping[str, Tensor], params: Mapping[str, Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor]] | None:
-        """The local loss, and gradients of local shards by the model's names; None if there is no step graph."""
+    ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]] | None:
+        """The forward's outputs, and gradients of local shards by the model's names; None if there is no step graph."""
         if self.make_step is None:
             return None
         if self._step is None:
             self._step = self.make_step(self.program)
         function, placeholders = self._step
         with torch.no_grad():
-            loss, *grads = function(*self._arguments(values, params))
-        return loss, {self.program.params[p].name: grad for p, grad in zip(placeholders, grads)}
+            loss, *rest = function(*self._arguments(values, params))
+        grads, others = rest[: len(placeholders)], rest[len(placeholders) :]
+        return (loss, *others), {self.program.params[p].name: grad for p, grad in zip(placeholders, grads)}
 
     def _arguments(self, values: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> list[Tensor]:
         specs = self.program.params
@@ -142,7 +148,10 @@ class Engine:
             forward, inputs = capture_forward(self.model, batch, self._segments, dtype_named(self.plan.param_dtype))
             if "loss" not in forward.outputs:
                 raise LoweringError("the model returned no loss: give it `labels`, or wrap it to return a scalar loss")
-            self._captures[signature] = Capture(forward, inputs, find_targets(forward))
+            targets = find_targets(forward)
+            if targets is not None and len(targets.losses) > MOST_LOSSES:
+                raise LoweringError(f"the loss has {len(targets.losses)} parts with targets, more than {MOST_LOSSES}")
+            self._captures[signature] = Capture(forward, inputs, targets)
         return self._captures[signature]
 
     def program(self, batch: Mapping[str, Any], signature: str, logits: bool) -> LoadedProgram:
@@ -150,7 +159,8 @@ class Engine:
         key = (signature, logits)
         if key not in self._programs:
             capture = self.capture(batch, signature)
-            wanted = ("loss", "logits") if logits else ("loss",)
+            parts = [name for name in capture.forward.outputs if name.startswith(LOSS_PART)]
+            wanted = ("loss", "logits") if logits else ("loss", *parts)
             forward = with_outputs(capture.forward, wanted)
             requires_grad = {n: p.requires_grad for n, p in self.model.named_parameters(remove_duplicate=False)}
             initial = rank_program(forward, self.plan, requires_grad, _lengths(batch), self._stored)
@@ -158,7 +168,7 @@ class Engine:
             if self.plan.loss_head is LossHead.CHUNKED and not logits and not has_chunked_loss(lowered):
                 warnings.warn(f"the plan's chunked loss head is left whole: {'; '.join(lowered.notes)}", stacklevel=2)
             require_same({"lowered graph": lowered.gm.code}, self.mesh.control)
-            self._programs[key] = self._load(lowered, capture.forward)
+            self._programs[key] = self._load(lowered, forward)
         return self._programs[key]
 
     def _load(self, lowered: RankProgram, captured: CapturedForward) -> LoadedProgram:
@@ -177,7 +187,8 @@ class Engine:
         make_step = None
         if self._backend.make_step is not None:
             make_step = partial(self._backend.make_step, device, self.compilations)
-        return LoadedProgram(lowered, order, fixed, forward, make_step)
+        parts = tuple(name.removeprefix(LOSS_PART) for name in captured.outputs[1:] if name.startswith(LOSS_PART))
+        return LoadedProgram(lowered, order, fixed, forward, make_step, parts)
 
     def whole_output(self, loaded: LoadedProgram, index: int, value: Tensor) -> Tensor:
         """An output of one micro-batch, put together from the sp ranks (a collective over them)."""
@@ -195,10 +206,17 @@ class Engine:
         parts = [part.unflatten(dim, (outer, part.shape[dim] // outer)) for part in parts]
         return torch.cat(parts, dim + 1).flatten(dim, dim + 1)
 
-    def reduce_loss(self, local: Tensor) -> Tensor:
-        total = local.detach().clone()
+    def reduce_losses(self, loaded: LoadedProgram, outputs: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The global loss, and its parts by name, of this rank's outputs of the forward."""
+        kept = len(loaded.parts) + 1
+        local = [value.detach() for value in outputs[:kept]]
+        for i, placement in enumerate(loaded.program.outputs[1:kept], start=1):
+            if isinstance(placement, Replicate):  # every rank of the sp group has the whole of it
+                local[i] = local[i] / self.mesh.size("sp")
+        total = torch.stack([value.to(local[0].dtype) for value in local])
         dist.all_reduce(total, group=self.mesh.group(DATA_AXES))
-        return total
+        loss, *parts = total.unbind()
+        return loss.clone(), dict(zip(loaded.parts, parts))
 
 
 def _lengths(batch: Mapping[str, Any]) -> set[int]:
