@@ -24,8 +24,8 @@ from omnicompile.train.options import (
 )
 
 if TYPE_CHECKING:
-    from omnicompile.train.evaluate import evaluate
-    from omnicompile.train.freeze import freeze
+    from omnicompile.train.evaluation import evaluate
+    from omnicompile.train.freezing import freeze
     from omnicompile.train.optimizer import make_optimizer
     from omnicompile.train.schedule import make_schedule
     from omnicompile.train.step import StepResult, train_step
@@ -50,8 +50,8 @@ __all__ = [
 _LAZY: Mapping[str, str] = {
     "StepResult": "omnicompile.train.step",
     "Trainer": "omnicompile.train.trainer",
-    "evaluate": "omnicompile.train.evaluate",
-    "freeze": "omnicompile.train.freeze",
+    "evaluate": "omnicompile.train.evaluation",
+    "freeze": "omnicompile.train.freezing",
     "make_optimizer": "omnicompile.train.optimizer",
     "make_schedule": "omnicompile.train.schedule",
     "train_step": "omnicompile.train.step",

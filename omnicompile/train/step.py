@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from omnicompile.errors import InputError
 from omnicompile.runtime.parallel_module import ParallelModule
 from omnicompile.runtime.plain_module import PlainModule
-from omnicompile.train.losses import named_losses
+from omnicompile.train.losses import means, named_losses
 
 Module = ParallelModule | PlainModule
 LABELS = "labels"
@@ -45,7 +45,7 @@ def train_step(
     """
     if not micro_batches:
         raise InputError("a step needs at least one micro-batch")
-    targets = _targets(module, micro_batches)
+    targets = count_targets(module, micro_batches)
     last = len(micro_batches) - 1
     parts, others = [], []
     for number, batch in enumerate(micro_batches):
@@ -61,11 +61,11 @@ def train_step(
     if taken:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    means = {name: sum(o[name] for o in others) / len(others) for name in others[0] if all(name in o for o in others)}
-    return StepResult(math.fsum(micro), grad_norm, taken, targets, tuple(micro), means)
+    return StepResult(math.fsum(micro), grad_norm, taken, targets, tuple(micro), means(others))
 
 
-def _targets(module: Module, batches: Sequence[Mapping[str, Any]]) -> int:
+def count_targets(module: Module, batches: Sequence[Mapping[str, Any]]) -> int:
+    """Target tokens of micro-batches over all ranks; 0 for a model that is given no labels."""
     if any(batch.get(LABELS) is None for batch in batches):
         return 0
     return module.count_targets(batches)

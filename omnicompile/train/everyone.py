@@ -1,0 +1,46 @@
+"""Small sums over all ranks, on the host; a single process is a group of one."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from omnicompile.runtime.parallel_module import ParallelModule
+from omnicompile.runtime.watch import Watch
+
+
+@dataclass(frozen=True)
+class Everyone:
+    """group: of all ranks, None for a single process. copies: ranks that work on the same micro-batch. watch: over the
+    other ranks, so that one that is gone is named."""
+
+    group: dist.ProcessGroup | None = None
+    rank: int = 0
+    world: int = 1
+    copies: int = 1
+    watch: Watch | None = None
+
+    @staticmethod
+    def of(module: nn.Module) -> Everyone:
+        if not isinstance(module, ParallelModule):
+            return Everyone()
+        mesh = module.engine.mesh
+        return Everyone(mesh.control, mesh.rank, mesh.mesh.world, mesh.mesh.sp, mesh.watch)
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        return self._reduced(values, dist.ReduceOp.SUM)
+
+    def largest(self, values: Sequence[float]) -> list[float]:
+        return self._reduced(values, dist.ReduceOp.MAX)
+
+    def _reduced(self, values: Sequence[float], how: dist.ReduceOp.RedOpType) -> list[float]:
+        vector = torch.tensor(list(values), dtype=torch.float64)
+        if self.group is not None:
+            with contextlib.nullcontext() if self.watch is None else self.watch.guard("the end of the step"):
+                dist.all_reduce(vector, how, group=self.group)
+        return vector.tolist()
