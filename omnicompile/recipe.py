@@ -1,7 +1,8 @@
 """Recipes: a Plan as a YAML file that a person can read, edit and diff.
 
 A whole recipe loads back as an equal Plan. A part of one (some fields of `mesh`, `blocks` and `step`) is a list of
-pins: choices that the planner keeps while it fills in the rest. Unknown keys are errors everywhere.
+pins: choices that the planner keeps while it fills in the rest. Unknown keys are errors everywhere. A section `train`
+holds options of `omnicompile train`, which reads and checks it; a Plan does not have them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ from omnicompile.workload import Workload
 
 VERSION_KEY = "omnicompile_recipe"
 VERSION = 1
-SECTIONS = (VERSION_KEY, "model", "cluster", "workload", "mesh", "blocks", "step", "stack", "prediction", "notes")
+SECTIONS = (
+    VERSION_KEY, "model", "cluster", "workload", "mesh", "blocks", "step", "stack",
+    "prediction", "notes", "train",
+)  # fmt: skip
 STEP_FIELDS: dict[str, Any] = {
     "micro_batch": int,
     "accumulation": int,
@@ -218,19 +222,34 @@ def _check_stack(stack: Stack, place: Place) -> None:
         raise place.key("recompute_share").error(f"must be between 0 and 1, got {stack.recompute_share}")
 
 
-def _read(path: str | Path) -> str:
+def read_yaml(path: str | Path, what: str) -> tuple[dict[str, Any], Place]:
+    """The mapping that a YAML file holds, and where its keys stand. what: the file is expected to be.
+
+    Raises RecipeError where the file cannot be read, is malformed or empty, or has a key twice.
+    """
+    return _parse_yaml(_read(path, what), str(path), what)
+
+
+def _read(path: str | Path, what: str = "recipe") -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise RecipeError(f"recipe {path} does not exist") from error
+        raise RecipeError(f"{what} {path} does not exist") from error
     except OSError as error:
-        raise RecipeError(f"cannot read the recipe {path}: {error.strerror}") from error
+        raise RecipeError(f"cannot read the {what} {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise RecipeError(f"{path} is not a recipe: not UTF-8 text") from error
+        raise RecipeError(f"{path} is not a {what}: not UTF-8 text") from error
 
 
 def _parse(text: str, name: str) -> tuple[dict[str, Any], Place]:
     """The top level of a recipe with its keys and version checked."""
+    data, place = _parse_yaml(text, name, "recipe")
+    check_keys(data, SECTIONS, place)
+    _check_version(data, place)
+    return data, place
+
+
+def _parse_yaml(text: str, name: str, what: str) -> tuple[dict[str, Any], Place]:
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         lines: dict[tuple[str, ...], int] = {}
@@ -242,11 +261,8 @@ def _parse(text: str, name: str) -> tuple[dict[str, Any], Place]:
         raise RecipeError(f"{name}: malformed YAML: {str(error).splitlines()[0]}") from error
     place = Place(name, (), lines)
     if data is None:
-        raise place.error("the recipe is empty")
-    data = mapping(data, place)
-    check_keys(data, SECTIONS, place)
-    _check_version(data, place)
-    return data, place
+        raise place.error(f"the {what} is empty")
+    return mapping(data, place), place
 
 
 def _check_version(data: dict[str, Any], place: Place) -> None:
