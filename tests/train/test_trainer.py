@@ -177,6 +177,8 @@ def test_a_run_that_was_cut_off_goes_on_as_one_that_never_was(tmp_path: Path) ->
     first, _ = trainer(options, Dying(batches, 2), checkpointer=Checkpointer(folder), sample_log=SampleLog(log))
     with pytest.raises(ConnectionError):
         first.run()
+    assert first.checkpointer is not None
+    first.checkpointer.wait()
     second, kept = trainer(options, checkpointer=Checkpointer(folder), sample_log=SampleLog(log))
     assert second.resume(Checkpointer(folder)) == 5
     second.run()
