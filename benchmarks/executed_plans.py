@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -176,12 +177,13 @@ def compute_by_kind(model: StepModel, plan: Plan) -> dict[str, float]:
 @dataclass
 class Executed:
     """step: seconds of every repeat, the slowest rank's. cpu: CPU seconds of it, averaged over ranks. peak: bytes of a
-    rank's tensors, the most of all ranks; held: of them between steps. compute: seconds of a profiled step's operators
+    rank's tensors, the most of all ranks, median of `peaks`, some steps'; held: of them between steps. compute: seconds of a profiled step's operators
     by kind, on the first rank. losses: of every step."""
 
     step: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
     peak: int = 0
+    peaks: list[int] = field(default_factory=list)
     held: int = 0
     compute: dict[str, float] = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)
@@ -225,14 +227,18 @@ class Execution:
         tensors += [v for state in self.optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
         return sum(t.untyped_storage().nbytes() for t in tensors)
 
-    def measure_peak(self) -> None:
+    def measure_peak(self, steps: int = 5) -> None:
+        """Of several steps: what is on its way at a time differs between steps where threads exchange it."""
         gc.collect()
         held = self.held_bytes()
         gpu = self.device.type == "cuda"
-        peak = held + (gpu_peak(self.step, self.device) if gpu else allocated_peak(self.step))
-        both = torch.tensor([peak, held], device=self.device)
-        dist.all_reduce(both, op=dist.ReduceOp.MAX)
-        self.seen.peak, self.seen.held = both.tolist()
+        for _ in range(steps):
+            peak = held + (gpu_peak(self.step, self.device) if gpu else allocated_peak(self.step))
+            both = torch.tensor([peak, held], device=self.device)
+            dist.all_reduce(both, op=dist.ReduceOp.MAX)
+            highest, self.seen.held = both.tolist()
+            self.seen.peaks.append(highest)
+        self.seen.peak = int(statistics.median(self.seen.peaks))
 
     def profile(self) -> None:
         """Seconds of operators by kind: of each operator the least of three steps."""

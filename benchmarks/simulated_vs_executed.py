@@ -9,7 +9,8 @@ processes and take steps in turns, the order rotated each time; the time of a st
 forward, backward and a fused AdamW. Printed are the median and quartiles over the repeats.
 
 Peak memory of a rank: what it keeps between steps (parameters, buffers, optimizer states) and the most that a step
-holds beyond that, by the profiler's record of every allocation, on GPUs by torch.cuda.max_memory_allocated. Predicted
+holds beyond that, by the profiler's record of every allocation, on GPUs by torch.cuda.max_memory_allocated; the
+highest rank's, median of five steps. Predicted
 is the sum of all kinds without context and allocator slack.
 
     python benchmarks/simulated_vs_executed.py  # everything; writes results/simulated_vs_executed.*
@@ -46,7 +47,7 @@ SAME = 0.02
 @dataclass(frozen=True)
 class Row:
     """One plan. measured, low, high: seconds of a step, median and quartiles. Errors: predicted over measured, less
-    one. cpu: median CPU seconds of a step and rank."""
+    one. cpu: median CPU seconds of a step and rank. peaks: the lowest and the highest of the steps measured."""
 
     name: str
     family: str
@@ -58,6 +59,7 @@ class Row:
     predicted: float
     measured_peak: float
     predicted_peak: float
+    peaks: tuple[float, float] = (0.0, 0.0)
 
     @property
     def time_error(self) -> float:
@@ -72,7 +74,8 @@ def make_row(name: str, family: str, tokens: int, executed: dict[str, Any], step
     """executed: the fields of `executed_plans.Executed`. step, peak: predicted."""
     low, median, high = statistics.quantiles(executed["step"], n=4, method="inclusive")
     cpu = statistics.median(executed["cpu"])
-    return Row(name, family, tokens, median, low, high, cpu, step, float(executed["peak"]), peak)
+    peaks = (float(min(executed["peaks"])), float(max(executed["peaks"])))
+    return Row(name, family, tokens, median, low, high, cpu, step, float(executed["peak"]), peak, peaks)
 
 
 def ordered_pairs(rows: list[Row]) -> tuple[int, int]:
@@ -105,9 +108,10 @@ def report(
         cells = (row.name, spread, f"{row.predicted * 1e3:.1f}", _sign(row.time_error), f"{row.cpu * 1e3:.1f}")
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", *verdict(rows), "", "## Peak memory", ""]
-    lines += ["| plan | measured MiB | predicted MiB | error |", "|---|---|---|---|"]
+    lines += ["| plan | measured MiB (lowest, highest) | predicted MiB | error |", "|---|---|---|---|"]
     for row in rows:
-        sizes = (f"{row.measured_peak / MIB:.1f}", f"{row.predicted_peak / MIB:.1f}")
+        spread = f"{row.measured_peak / MIB:.1f} ({row.peaks[0] / MIB:.1f}-{row.peaks[1] / MIB:.1f})"
+        sizes = (spread, f"{row.predicted_peak / MIB:.1f}")
         lines.append(f"| {row.name} | {' | '.join(sizes)} | {_sign(row.memory_error)} |")
     lines += [
         "",

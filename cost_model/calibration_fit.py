@@ -314,7 +314,7 @@ def _fit_collectives(hw: Hardware, measured: Measurements, points: Points) -> Ha
         found = replace(
             hw.collective, base_seconds=base, ramp_bytes=ramp * largest, ramp_power=power, ring=ring,
             all_to_all_intra=exchange, nvls=0.0, kind_factor=kinds, tensor_seconds=tensors,
-            reduce_copies=round(measured.reduce_copies, 2),
+            reduce_copies=round(measured.reduce_copies, 2), gather_copies=round(measured.gather_copies, 2),
             inter_ramp_bytes=ramp * largest, inter=ring, all_to_all_inter=exchange,
         )  # fmt: skip
         if inter:

@@ -86,8 +86,10 @@ class CollectiveEfficiency:
     ramp_bytes, ramp_power: message-size ramp, rate = full rate / (1 + (ramp_bytes / bytes) ** ramp_power).
     inter_ramp_bytes: the same across nodes.
     kind_factor: seconds of a kind of collective ("reduce_scatter", ...) relative to the formula; 1 where not listed.
-    reduce_copies: bytes that a reduce-scatter holds besides what it reads and gives, relative to what it reads (gloo
-    works on a copy).
+    reduce_copies: bytes that a reduce-scatter holds besides what it reads and gives, relative to what it reads. One
+    that works on a copy (gloo) does not need what it was given.
+    gather_copies: bytes that an all-gather of several tensors holds besides what it reads and gives, relative to what
+    it gives.
     tensor_seconds: by kind, of each tensor but the first of those that one call gathers or reduces; 0 where not listed.
     """
 
@@ -103,6 +105,7 @@ class CollectiveEfficiency:
     kind_factor: Mapping[str, float] = field(default_factory=dict, hash=False)
     tensor_seconds: Mapping[str, float] = field(default_factory=dict, hash=False)
     reduce_copies: float = 0.0
+    gather_copies: float = 0.0
 
 
 @dataclass(frozen=True)

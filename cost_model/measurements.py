@@ -103,7 +103,7 @@ class Together:
 class Measurements:
     """launch: seconds of a kernel without work. host_copy: (bytes, seconds) between host and device memory, pinned.
     sustained: rate of GEMMs at the end of some seconds of them, relative to a short burst; None: not measured.
-    reduce_copies: as in `CollectiveEfficiency`. notes: what could not be measured."""
+    reduce_copies, gather_copies: as in `CollectiveEfficiency`. notes: what could not be measured."""
 
     machine: Machine
     launch: float
@@ -116,6 +116,7 @@ class Measurements:
     host_copy: tuple[tuple[int, float], ...] = ()
     sustained: float | None = None
     reduce_copies: float = 0.0
+    gather_copies: float = 0.0
     notes: tuple[str, ...] = field(default=())
 
     @property

@@ -78,18 +78,24 @@ def static_memory(
 class Moment:
     """A point in the step. run: index into `Program.runs`, -1 when the backward is over. saved: instances per run whose
     activations are kept. gathered: run indices whose parameters are gathered, with multiplicity. reducing: run of the
-    gradients in flight."""
+    gradients in flight. point: of the run's backward. fetching: the last of `gathered` is on its way."""
 
     backward: bool
     run: int
     saved: tuple[int, ...]
     gathered: tuple[int, ...]
     reducing: int | None = None
+    point: int = 0
+
+    @property
+    def fetching(self) -> bool:
+        return len(self.gathered) > 1
 
 
 def moments(program: Program) -> tuple[Moment, ...]:
     """Every moment that can be the peak, whatever the plan: forward and backward of each run, in its middle (the next
-    instance is prefetched) and at its border to the next run, and the sums over replicas at the end."""
+    instance is prefetched) and at its border to the next run, the backward at each of its points, and the sums over
+    replicas at the end."""
     counts = [run.count for run in program.runs]
     result: list[Moment] = []
     for i, count in enumerate(counts):
@@ -100,30 +106,35 @@ def moments(program: Program) -> tuple[Moment, ...]:
         first = (*before, 1, *[0] * rest)
         previous = (i - 1,) if i else ()
         result.append(Moment(False, i, full, (i, *following)))
-        result.append(Moment(True, i, first, (i, *previous), i if count > 1 else (i + 1 if rest else None)))
         if count > 1:
             result.append(Moment(False, i, less, (i, i)))
-            result.append(Moment(True, i, full, (i, i), i + 1 if rest else None))
-        if count > 2:
-            result.append(Moment(True, i, less, (i, i), i))
+        for point in range(len(program.segment(program.runs[i].segment).backward)):
+            result.append(Moment(True, i, first, (i, *previous), i if count > 1 else (i + 1 if rest else None), point))
+            if count > 1:
+                result.append(Moment(True, i, full, (i, i), i + 1 if rest else None, point))
+            if count > 2:
+                result.append(Moment(True, i, less, (i, i), i, point))
     return (*result, Moment(True, -1, (0,) * len(counts), ()))
 
 
 @dataclass(frozen=True)
 class _Coefficients:
     """(run, moment): how often each number of a block's runs counts at each moment. resident: gathered parameters when
-    they are not resharded. done: instances whose backward is over. over: (moment), 1 when all of it is."""
+    they are not resharded. backward: one table for each point. fetching: instances that are being gathered. done:
+    instances whose backward is over. over: (moment), 1 when all of it is; ahead: before it begins."""
 
     segments: tuple[str, ...]
     saved: Table
     moving: Table
     forward: Table
-    backward: Table
+    backward: tuple[Table, ...]
     gathered: Table
+    fetching: Table
     resident: Table
     reducing: Table
     done: Table
     over: Table
+    ahead: Table
 
 
 class MemoryLayout:
@@ -146,9 +157,14 @@ class MemoryLayout:
         units = [work.units[segment] for segment in here.segments]
         # Activations on their way to or from the host: the instance at work and the next one.
         table[ACTIVATION_ROW] = _row(u.saved for u in units) @ here.saved + _row(u.host for u in units) @ here.moving
-        table[_BUFFERS] = _row(u.exchange for u in units) @ (here.forward + here.backward)
-        backward_peaks = _row(u.backward_peak + u.recomputed for u in units)
-        table[_TEMPORARIES] = _row(u.forward_peak for u in units) @ here.forward + backward_peaks @ here.backward
+        table[_BUFFERS] = _row(u.exchange for u in units) @ (here.forward + sum(here.backward))
+        table[_TEMPORARIES] = _row(u.forward_peak for u in units) @ here.forward
+        for point, at in enumerate(here.backward):
+            # What a recompute made again goes before what was saved.
+            again = [max(0.0, u.recomputed - _at(u.freed, point)) for u in units]
+            saved = [max(0.0, _at(u.freed, point) - u.recomputed) for u in units]
+            table[_TEMPORARIES] += _row(_at(u.backward_peaks, point) + a for u, a in zip(units, again)) @ at
+            table[ACTIVATION_ROW] -= _row(saved) @ at
         return table
 
     def weights_bytes(self, name: str, weights: BlockWeights, reshard: bool) -> Table:
@@ -164,7 +180,9 @@ class MemoryLayout:
         table[_GRADIENTS] = static.gradients if weights.accumulates else _row(u.owned for u in units) @ here.done
         table[_BUFFERS] = weights.packed * here.over
         table[_GATHERED] = _row(u.gathered for u in units) @ (here.gathered if reshard else here.resident)
-        table[_GRADIENTS] += _row(u.gradient for u in units) @ here.backward
+        table[_BUFFERS] += _row(u.staged for u in units) @ (here.fetching if reshard else here.fetching * here.ahead)
+        for point, at in enumerate(here.backward):
+            table[_GRADIENTS] += _row(_at(u.gradients, point) for u in units) @ at
         table[_GRADIENTS] += _row(u.reducing for u in units) @ here.reducing
         return table
 
@@ -181,18 +199,28 @@ class MemoryLayout:
             here = gathered(moment, run)
             return max(here, moment.saved[run]) if self._trains[run] else here
 
+        def backward(point: int) -> Table:
+            return table(lambda m, run: int(m.run == run and m.backward and self._trains[run] and m.point == point))
+
         return _Coefficients(
             segments=tuple(self._segments[i] for i in mine),
             saved=table(lambda m, run: m.saved[run]),
             moving=table(lambda m, run: min(m.saved[run], 2) if abs(run - m.run) <= 1 else 0),
             forward=table(lambda m, run: int(m.run == run and not m.backward)),
-            backward=table(lambda m, run: int(m.run == run and m.backward and self._trains[run])),
+            backward=tuple(backward(point) for point in range(1 + max(m.point for m in self.moments))),
             gathered=table(gathered),
+            fetching=table(lambda m, run: min(1, gathered(m, run)) if m.fetching and m.gathered[-1] == run else 0),
             resident=table(resident),
             reducing=table(lambda m, run: int(m.reducing == run)),
             done=table(lambda m, run: self._counts[run] - m.saved[run] if m.backward else 0),
             over=np.array([float(moment.run < 0) for moment in self.moments]),
+            ahead=np.array([float(not moment.backward) for moment in self.moments]),
         )
+
+
+def _at(values: Sequence[float], point: int) -> float:
+    """The value at a point; segments with fewer points than others have none there."""
+    return values[point] if point < len(values) else 0.0
 
 
 def _row(values: Iterable[float]) -> Table:

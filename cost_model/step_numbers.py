@@ -80,7 +80,8 @@ class OpNumbers:
 
 @dataclass(frozen=True)
 class SegmentNumbers:
-    """One instance of a segment for one micro-batch. All sizes in bytes except `logit_rows` (tokens)."""
+    """One instance of a segment for one micro-batch. All sizes in bytes except `logit_rows` (tokens). backward:
+    temporaries and what is freed at each of the segment's backward points."""
 
     segment: Segment
     ops: tuple[OpNumbers, ...]
@@ -89,7 +90,7 @@ class SegmentNumbers:
     input_bytes: float
     output_bytes: float
     forward_peak: float
-    backward_peak: float
+    backward: tuple[tuple[float, float], ...]
     logit_rows: float
 
 
@@ -141,7 +142,8 @@ def _segment_expressions(segment: Segment) -> list[sympy.Expr]:
     return (
         [s.nbytes for s in saved]
         + [s.nbytes_frozen for s in saved]
-        + [segment.input_bytes, segment.output_bytes, segment.forward_peak, segment.backward_peak, rows]
+        + [segment.input_bytes, segment.output_bytes, segment.forward_peak, rows]
+        + [nbytes for point in segment.backward for nbytes in (point.temporaries, point.freed)]
     )
 
 
@@ -158,6 +160,7 @@ def _op_expressions(op: Op) -> list[sympy.Expr]:
 def _read_segment(segment: Segment, numbers: Iterator[float]) -> SegmentNumbers:
     saved = {p: next(numbers) for p in _POLICIES}
     saved_frozen = {p: next(numbers) for p in _POLICIES}
-    inputs, outputs, forward, backward, rows = (next(numbers) for _ in range(5))
+    inputs, outputs, forward, rows = (next(numbers) for _ in range(4))
+    backward = tuple((next(numbers), next(numbers)) for _ in segment.backward)
     ops = tuple(OpNumbers(op, *(next(numbers) for _ in range(11))) for op in segment.ops)
     return SegmentNumbers(segment, ops, saved, saved_frozen, inputs, outputs, forward, backward, rows)

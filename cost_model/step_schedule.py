@@ -198,7 +198,8 @@ class _Builder:
         waits = self._waits(self._gathered, gathers)
         if unit.work.host_seconds:
             waits += self._waits(self._fetched, (), extra="fetch" if repeated else "")
-        peak = work.backward_peak + work.recomputed + weights.gradient
+        points = zip(work.backward_peaks, work.freed, weights.gradients)
+        peak = work.recomputed + max(temporaries - freed + made for temporaries, freed, made in points)
         body.issue("begin", Piece("compute", 0.0, "compute"), waits, alloc=peak)
         prefetched = following if following is not None and following.weights.regather else None
         beside = (weights.gather if weights.regather else ()) + self._reductions(unit)
@@ -301,8 +302,15 @@ def _forward_free(execution: _Execution) -> float:
 
 
 def _gather_tasks(body: _Body, unit: UnitCost, after: tuple[Dep, ...], gathers: Chain) -> list[str]:
-    """All-gathers of a unit's parameters; the first allocates them all."""
+    """All-gathers of a unit's parameters; the first allocates them all, and the last frees what they were staged in."""
+    weights = unit.weights
     return [
-        body.issue(f"gather{i}", piece, after, alloc=unit.weights.gathered if i == 0 else 0.0)
+        body.issue(
+            f"gather{i}",
+            piece,
+            after,
+            alloc=weights.gathered + weights.staged if i == 0 else 0.0,
+            free=weights.staged if i == len(gathers) - 1 else 0.0,
+        )
         for i, piece in enumerate(gathers)
     ]

@@ -59,7 +59,8 @@ class UnitWork:
     forward / again / backward: strict chains of the forward, of what is recomputed, and of the backward (both empty
     when no backward is needed). host_seconds: one way, for activations kept in host memory.
     Bytes on one GPU: saved from forward to backward on the GPU; host: in host memory instead; recomputed: recreated by
-    the recompute; forward_peak / backward_peak: temporaries; exchange: all-to-all buffers.
+    the recompute; forward_peak: temporaries; backward_peaks / freed: at each of the segment's backward points,
+    temporaries and what is no longer needed of what was saved or recomputed; exchange: all-to-all buffers.
     """
 
     forward: Chain
@@ -70,7 +71,8 @@ class UnitWork:
     host: float
     recomputed: float
     forward_peak: float
-    backward_peak: float
+    backward_peaks: tuple[float, ...]
+    freed: tuple[float, ...]
     exchange: float
 
 
@@ -82,8 +84,9 @@ class UnitWeights:
     micro-step. once: reductions of the last micro-step of a step alone, beside the backward of other units; refresh:
     gathers of updated parameters, once a step, beside the forward. cast: seconds to bring master shards to compute
     precision before they are gathered; gradient_cast: whole gradients to the precision in which they are reduced.
-    Bytes on one GPU: gathered: whole parameters in compute precision (0 where they are resident); gradient: whole
-    gradients before reduction; reducing: the buffer being reduced; owned: gradients that the rank keeps.
+    Bytes on one GPU: gathered: whole parameters in compute precision (0 where they are resident); staged: besides,
+    while they are gathered; gradients: whole ones before reduction, at each of the segment's backward points; reducing:
+    the buffer being reduced; owned: gradients that the rank keeps.
     """
 
     gather: Chain
@@ -92,11 +95,12 @@ class UnitWeights:
     cast: float
     gradient_cast: float
     gathered: float
-    gradient: float
+    gradients: tuple[float, ...]
     reducing: float
     owned: float = 0.0
     once: Chain = ()
     refresh: Chain = ()
+    staged: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,7 @@ def unit_work(
         return _chain(numbers, indices, seconds, split, groups, prices, kind)
 
     saved, recomputed = _kept(numbers, policy, gradient, split, options.stack)
-    forward_peak, backward_peak = _peaks(numbers, gradient, split, groups, options)
+    forward_peak, backward_peaks = _peaks(numbers, gradient, split, groups, options)
     host = saved if plan.offload and segment.role not in ("embed", "head") else 0.0
     return UnitWork(
         forward=chain(step_chain.forward_indices(numbers), "compute"),
@@ -139,7 +143,8 @@ def unit_work(
         host=host,
         recomputed=recomputed,
         forward_peak=forward_peak,
-        backward_peak=backward_peak,
+        backward_peaks=backward_peaks,
+        freed=_freed(numbers, gradient, split, saved + recomputed),
         exchange=_exchange_buffers(numbers, split, groups),
     )
 
@@ -164,12 +169,31 @@ def _chain(
 
 def _peaks(
     numbers: SegmentNumbers, gradient: Gradient, split: Split, groups: Groups, options: StepOptions
-) -> tuple[float, float]:
-    """Bytes of temporaries in the forward and in the backward."""
+) -> tuple[float, tuple[float, ...]]:
+    """Bytes of temporaries in the forward, and at each backward point."""
     segment = numbers.segment
     if segment.logits is None:
-        return numbers.forward_peak / split.rows(False), numbers.backward_peak / split.rows(False)
-    rows, vocabulary = numbers.logit_rows / split.tokens, segment.logits[1] / split.tensor
+        here = split.rows(False)
+        return numbers.forward_peak / here, tuple(temporaries / here for temporaries, _ in numbers.backward)
+    forward, backward = _head_peaks(segment, numbers.logit_rows, gradient, split, groups, options)
+    return forward, (backward,) * len(numbers.backward)
+
+
+def _freed(numbers: SegmentNumbers, gradient: Gradient, split: Split, everything: float) -> tuple[float, ...]:
+    """Bytes at each backward point of what is no longer needed. everything: bytes there at its start."""
+    saved = _local_bytes(numbers.saved[Recompute.NONE], numbers, split)
+    if numbers.segment.logits is not None or not gradient.weight or saved <= 0:
+        return (0.0,) * len(numbers.backward)
+    # Other software keeps more or less than the traced operators, and is taken to free it at the same pace.
+    pace = everything / saved / split.rows(False)
+    return tuple(min(freed * pace, everything) for _, freed in numbers.backward)
+
+
+def _head_peaks(
+    segment: Segment, logit_rows: float, gradient: Gradient, split: Split, groups: Groups, options: StepOptions
+) -> tuple[float, float]:
+    assert segment.logits is not None
+    rows, vocabulary = logit_rows / split.tokens, segment.logits[1] / split.tensor
     if options.loss_head is LossHead.CHUNKED:
         narrow = options.param_bytes if options.param_bytes < DTYPE_BYTES["float32"] else 0
         chunk = min(LOSS_CHUNK_ROWS, rows) * vocabulary * (LOGIT_BYTES + narrow)
@@ -277,7 +301,8 @@ def _score_bytes(numbers: SegmentNumbers, split: Split, stack: Stack) -> float:
 def unit_weights(
     segment: Segment, plan: BlockPlan, gradient: Gradient, groups: Groups, options: StepOptions, prices: Prices
 ) -> UnitWeights:
-    local, copies = sum(local_params(segment, groups)), prices.hardware.collective.reduce_copies
+    collective = prices.hardware.collective
+    gathered = _passing(segment, groups, options.master_bytes, options.param_bytes)
     beside = options.stack.overlap_gradients and gradient.weight
     gather, reduce = _gather(segment, groups, options, prices), _reductions(segment, gradient, groups, options, prices)
     once = _sums([segment], groups, options, prices, 1) if beside else ()
@@ -286,6 +311,7 @@ def unit_weights(
         gather, refresh, reduce, once = (), (*gather, *refresh), (), (*reduce, *once)
     # Other stacks keep a copy of whole parameters in compute precision, and add gradients up where they are reduced.
     casts = not groups.resident or options.stack == OURS
+    reducing = _passing(segment, groups, options.param_bytes, options.reduce_bytes)
     return UnitWeights(
         gather=gather,
         regather=plan.reshard and gradient.any,
@@ -294,15 +320,22 @@ def unit_weights(
         gradient_cast=_casts(segment, groups, options.param_bytes, options.reduce_bytes, False, prices)
         if casts and gradient.weight
         else 0.0,
-        gathered=_passing(segment, groups, options.master_bytes, options.param_bytes),
-        gradient=local * options.param_bytes if gradient.weight else 0.0,
-        reducing=_passing(segment, groups, options.param_bytes, options.reduce_bytes) * (1.0 + copies)
-        if gradient.weight
-        else 0.0,
+        gathered=gathered,
+        staged=gathered * collective.gather_copies,
+        gradients=_whole_gradients(segment, groups, options.param_bytes if gradient.weight else 0),
+        reducing=reducing * max(1.0, collective.reduce_copies) if gradient.weight else 0.0,
         owned=sum(owned_params([segment], groups, 1)) * options.reduce_bytes if gradient.weight else 0.0,
         once=once,
         refresh=refresh,
     )
+
+
+def _whole_gradients(segment: Segment, groups: Groups, nbytes: int) -> tuple[float, ...]:
+    """Bytes at each backward point, `nbytes` an element. A head has those of its weight when its logits are gone."""
+    dense, expert = local_params(segment, groups)
+    if segment.logits is not None:
+        return ((dense + expert) * nbytes,) * len(segment.backward)
+    return tuple((dense * point.dense + expert * point.expert) * nbytes for point in segment.backward)
 
 
 def _passing(segment: Segment, groups: Groups, before: int, after: int) -> float:

@@ -147,13 +147,28 @@ class Saved:
 
 
 @dataclass(frozen=True)
+class BackwardPoint:
+    """A moment of a segment's backward at which it may hold the most, as activations or parameters weigh more.
+
+    Bytes of one instance: temporaries; freed: what was saved, or made again by recompute, and is no longer needed.
+    dense / expert: part of the dense and of the expert parameters whose gradients are there.
+    """
+
+    temporaries: Expr
+    freed: Expr
+    dense: float = 1.0
+    expert: float = 1.0
+
+
+@dataclass(frozen=True)
 class Segment:
     """A piece of the model that is priced once and executed `count` times.
 
     role: "embed", "layer", "projector", "head" (with the loss) or "other".
     paths: module paths of the instances, in execution order (one empty path for what lies outside repeated layers).
     input_bytes: activations that flow in and carry a gradient. output_bytes: those that flow out.
-    forward_peak / backward_peak: temporaries of one instance beyond its inputs and what is saved.
+    forward_peak: temporaries of one instance beyond its inputs and what is saved. backward: moments of its backward in
+    order, one at least.
     logits: (tokens, vocabulary) of the largest head output, for a head segment.
     """
 
@@ -168,7 +183,7 @@ class Segment:
     input_bytes: Expr
     output_bytes: Expr
     forward_peak: Expr
-    backward_peak: Expr
+    backward: tuple[BackwardPoint, ...]
     logits: tuple[Expr, int] | None = None
 
     @property

@@ -10,6 +10,7 @@ import sympy
 from omnicompile.cluster import Cluster
 from omnicompile.plan import BlockPlan, Layout, LossHead, Mesh, Plan, Prediction, Sharding
 from omnicompile.program import (
+    BackwardPoint,
     Block,
     Edge,
     ExpertsShape,
@@ -51,7 +52,7 @@ def _segment(name: str, block: str, tokens: sympy.Symbol, count: int, experts: b
         input_bytes=2 * tokens,
         output_bytes=2 * tokens,
         forward_peak=tokens,
-        backward_peak=tokens,
+        backward=(BackwardPoint(tokens, sympy.Integer(0)),),
     )
 
 

@@ -122,15 +122,17 @@ def _wait(started: list[Tensor]) -> list[Tensor]:
     return [_c10d.wait_tensor(tensor) for tensor in started]
 
 
-def reduction_copies(ranks: Ranks, device: torch.device, nbytes: int = 2**22) -> float:
-    """Bytes that a reduce-scatter of `nbytes` holds besides what it reads and gives, relative to `nbytes`."""
+def copies(kind: str, ranks: Ranks, device: torch.device, nbytes: int = 2**22, tensors: int = 4) -> float:
+    """Bytes that a reduce-scatter or all-gather of `tensors` whole tensors, together of `nbytes`, holds besides what it
+    reads and gives, relative to `nbytes`."""
     size = (ranks.world, ranks.local)
-    shape = CollectiveTime("reduce_scatter", nbytes, *size, 1, 0.0)
+    shape = CollectiveTime(kind, nbytes, *size, tensors, 0.0)
+    given = nbytes if kind == "all_gather" else nbytes / ranks.world
     run = operation(shape, ranks.by_size[size], device)
     run()
     dist.barrier()
     peak = gpu_peak(run, device) if device.type == "cuda" else allocated_peak(run)
-    return ranks.most(max(0.0, peak / nbytes - 1.0 / ranks.world))
+    return ranks.most(max(0.0, (peak - given) / nbytes))
 
 
 def time_together(shapes: Shapes, ranks: Ranks, timer: Timer) -> list[Together]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from omnicompile.calibration import kernels
-from omnicompile.calibration.collectives import Ranks, reduction_copies, time_collectives, time_together
+from omnicompile.calibration.collectives import Ranks, copies, time_collectives, time_together
 from omnicompile.calibration.machine import describe
 from omnicompile.calibration.shapes import Shapes, cpu_shapes, gpu_shapes
 from omnicompile.calibration.timing import Timer
@@ -97,7 +97,8 @@ def measure(device: torch.device, ranks: Ranks, quick: bool, name: str, say: Say
         together=tuple(together),
         host_copy=tuple(_host_copies(run)),
         sustained=_sustained(run) if shapes.sustained else None,
-        reduce_copies=reduction_copies(ranks, device) if several else 0.0,
+        reduce_copies=copies("reduce_scatter", ranks, device) if several else 0.0,
+        gather_copies=copies("all_gather", ranks, device) if several else 0.0,
         notes=tuple(run.notes),
     )
 

@@ -20,6 +20,7 @@ from omnicompile.capture.repeats import LayerKind, Repeats
 from omnicompile.capture.symbols import GenericSize, SizeReader
 from omnicompile.capture.trace import TracedForward
 from omnicompile.program import (
+    BackwardPoint,
     Block,
     Edge,
     Expr,
@@ -118,7 +119,7 @@ def _segment(
     if region.kind is not None:
         paths = tuple(dict.fromkeys(instance_paths(region.kind, traced.repeats)))
         count = traced.repeats.executions(region.kind.index)
-    live = analyse(joint, reader, fused, _shared(region, joint, count))
+    live = analyse(joint, reader, fused, _shared(region, joint, count), _expert_params(joint))
     return Segment(
         name=region.name,
         block=region.block,
@@ -131,7 +132,7 @@ def _segment(
         input_bytes=sum((reader.nbytes(n.meta["val"]) for n in joint.activations if n in inputs), ZERO),
         output_bytes=sum((reader.nbytes(n.meta["val"]) for n in joint.outputs if isinstance(n, fx.Node)), ZERO),
         forward_peak=live.forward_peak,
-        backward_peak=live.backward_peak,
+        backward=live.backward,
         logits=_logits(region, joint, reader),
     )
 
@@ -231,7 +232,7 @@ def _idle(names: _Names, claimed: dict[str, str], regions: Regions) -> list[Segm
             input_bytes=ZERO,
             output_bytes=ZERO,
             forward_peak=ZERO,
-            backward_peak=ZERO,
+            backward=(BackwardPoint(ZERO, ZERO),),
         )
     ]
 

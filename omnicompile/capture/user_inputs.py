@@ -70,7 +70,7 @@ def _scaled_segment(segment: Segment) -> Segment:
         input_bytes=times(segment.input_bytes),
         output_bytes=times(segment.output_bytes),
         forward_peak=times(segment.forward_peak),
-        backward_peak=times(segment.backward_peak),
+        backward=tuple(replace(p, temporaries=times(p.temporaries), freed=times(p.freed)) for p in segment.backward),
         logits=None if logits is None else (times(logits[0]), logits[1]),
     )
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from omnicompile.capture.liveness import analyse
+from omnicompile.capture.liveness import POINTS, _Corner, _corners, analyse
 from omnicompile.program import Phase, Recompute, Sym
 
 from .small import TOKENS, WIDTH, Language, joint_of, program_of, reader, text
@@ -12,7 +12,7 @@ ROW = WIDTH * 4
 
 def saved(function):
     joint = joint_of(function)
-    return analyse(joint, reader(), {}, {}).saved
+    return analyse(joint, reader(), {}, {}, ()).saved
 
 
 def test_a_product_keeps_its_input() -> None:
@@ -60,16 +60,45 @@ def test_policies_are_ordered() -> None:
 def test_what_all_layers_read_is_kept_once() -> None:
     """A decoder's layers all keep the encoder's output: it is one tensor."""
     joint = joint_of(lambda x, w: ((x @ w).tanh() @ w).tanh() @ w)
-    everything = analyse(joint, reader(), {}, {}).saved[Recompute.NONE].nbytes
+    everything = analyse(joint, reader(), {}, {}, ()).saved[Recompute.NONE].nbytes
     first = next(n for n in joint.forward if str(n.target) == "aten.tanh.default")
-    halved = analyse(joint, reader(), {}, {first: 2}).saved[Recompute.NONE].nbytes
+    halved = analyse(joint, reader(), {}, {first: 2}, ()).saved[Recompute.NONE].nbytes
     assert everything - halved == ROW * Sym.S / 2
 
 
 def test_peaks_hold_no_registers() -> None:
     """Between two products a chain of pointwise work needs its source, and its result which is kept."""
     joint = joint_of(lambda x, w: (((x @ w).neg() + 1) * 2 - 3) @ w)
-    assert analyse(joint, reader(), {}, {}).forward_peak.coeff(Sym.S) <= ROW
+    assert analyse(joint, reader(), {}, {}, ()).forward_peak.coeff(Sym.S) <= ROW
+
+
+def test_the_points_of_a_backward_trade_activations_for_gradients() -> None:
+    """While gradients of parameters come into being, what the forward saved goes; experts' are told apart."""
+    for segment in program_of(Language()).segments:
+        points = segment.backward
+        assert 1 <= len(points) <= POINTS
+        held = [(point.temporaries - point.freed).subs(Sym.S, 997) for point in points]
+        made = [point.dense for point in points]
+        assert held == sorted(held, reverse=True) and made == sorted(made), segment.name
+        assert held[0] >= 0 and all(0 <= point.dense <= 1 for point in points)
+
+
+def test_what_goes_into_compiled_code_is_held_until_it_returns() -> None:
+    """Nothing is freed within a stretch without attention or experts between."""
+    joint = joint_of(lambda x, w: ((x @ w).exp() @ w).sigmoid() @ w)
+    points = analyse(joint, reader(), {}, {}, ()).backward
+    assert all(point.freed == 0 for point in points) and points[-1].dense == 1.0
+
+
+def test_corners_are_the_upper_right_of_the_hull() -> None:
+    def corner(x: float, y: float) -> _Corner:
+        return _Corner(frozenset(), (), (y, 0.0), x, y)
+
+    found = [corner(*xy) for xy in ((10, 0), (9, 1), (7, 7), (8, 3), (2, 8), (1, 9), (0, 9))]
+    kept = [(c.x, c.y) for c in _corners(found)]
+    assert kept == [(10, 0), (7, 7), (1, 9)]
+    for weight in (0.1, 0.5, 1.0, 2.0, 10.0):
+        assert max(x + weight * y for x, y in kept) == max(c.x + weight * c.y for c in found)
 
 
 def test_what_is_kept_is_what_eager_autograd_keeps() -> None:

@@ -16,6 +16,7 @@ import synthetic
 
 from omnicompile.cluster import Cluster
 from omnicompile.cost_model import timeline
+from omnicompile.cost_model.hardware import load_hardware
 from omnicompile.cost_model.memory import KINDS, MemoryLayout, Table
 from omnicompile.cost_model.step_model import StepModel
 from omnicompile.cost_model.step_schedule import build_step
@@ -140,3 +141,21 @@ def test_peak_agrees_with_the_timeline(program: Program, mesh: Mesh, recompute: 
     by_timeline = timeline.simulate(build_step(program, plan, model).last).peak_bytes
     assert by_timeline <= by_moments * (1.07 if offload else 1.02)
     assert by_timeline >= by_moments * 0.80
+
+
+def test_a_backend_that_stages_collectives_needs_more() -> None:
+    """A gather on its way holds its copies; a reduction on a copy does not need what it was given."""
+    program = synthetic.dense_lm()
+    plan = make_plan(program, Mesh(dp_shard=16))
+    hardware = load_hardware(CLUSTER.gpu)
+
+    def bytes_with(**copies: float) -> dict[str, float]:
+        changed = replace(hardware, collective=replace(hardware.collective, **copies))
+        model = StepModel(program, CLUSTER, changed)
+        weights = model.plan_blocks(plan)["text"].weights.units["text.layers"]
+        return {"staged": weights.staged, "gathered": weights.gathered, "reducing": weights.reducing}
+
+    plain, staged = bytes_with(), bytes_with(gather_copies=1.5, reduce_copies=1.0)
+    assert plain["staged"] == 0 and staged["staged"] == 1.5 * plain["gathered"]
+    assert staged["reducing"] == plain["reducing"] > 0
+    assert bytes_with(reduce_copies=2.0)["reducing"] == 2 * plain["reducing"]

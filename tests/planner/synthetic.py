@@ -9,6 +9,7 @@ import sympy
 
 from omnicompile.program import (
     AttentionShape,
+    BackwardPoint,
     Block,
     Edge,
     ExpertsShape,
@@ -177,7 +178,10 @@ def layer_segment(stack: Stack) -> Segment:
         input_bytes=2 * t * h,
         output_bytes=2 * t * h,
         forward_peak=2 * t * (2 * h + wide),
-        backward_peak=2 * t * (2 * h + 2 * wide),
+        backward=(
+            BackwardPoint(2 * t * (2 * h + 2 * wide), ZERO, 0.25, 0.0),
+            BackwardPoint(2 * t * 2 * h, 2 * t * (5 * h + wide), 1.0, 1.0),
+        ),
     )
 
 
@@ -186,7 +190,8 @@ def simple_segment(
 ) -> Segment:
     ops = interleave(groups)
     saved = saved_by_policy(kept, kept, kept / 2, ops)
-    return Segment(name, block, role, 1, ("",), tuple(params), ops, saved, kept, kept, kept, kept)
+    backward = (BackwardPoint(kept, ZERO),)
+    return Segment(name, block, role, 1, ("",), tuple(params), ops, saved, kept, kept, kept, backward)
 
 
 def head_segment(block: str, tokens: Expr, hidden: int, vocab: int) -> Segment:
@@ -200,7 +205,7 @@ def head_segment(block: str, tokens: Expr, hidden: int, vocab: int) -> Segment:
         2 * tokens * hidden,
     )
     full = {policy: Saved(6 * logits, 6 * logits, ()) for policy in Recompute}
-    return replace(segment, saved=full, forward_peak=4 * logits, backward_peak=6 * logits, logits=(tokens, vocab))
+    return replace(segment, saved=full, forward_peak=4 * logits, logits=(tokens, vocab))
 
 
 def embed_segment(block: str, tokens: Expr, hidden: int, vocab: int) -> Segment:
