@@ -29,6 +29,7 @@ from omnicompile.runtime.engine import Engine, batch_signature
 from omnicompile.runtime.mesh import build_mesh
 from omnicompile.runtime.parallel_module import ParallelModule
 from omnicompile.runtime.parallelize import parallelize
+from omnicompile.runtime.weights import Given
 from omnicompile.workload import Workload
 
 OURS = "omnicompile "
@@ -177,7 +178,7 @@ def parallelized(model: nn.Module, plan: Plan, device: torch.device, batch: dict
     mesh = build_mesh(plan.mesh, device.type)
     engine = Engine(model, plan, mesh, default_lower, BACKENDS[backend], torch.float32, DEFAULT_SEGMENTS)
     loaded = engine.program(batch, batch_signature(batch, True), logits=False)
-    return ParallelModule(engine, loaded.program.params, dict(model.named_parameters()), Budget.of(model, batch))
+    return ParallelModule(engine, loaded.program.params, Given(dict(model.named_parameters())), Budget.of(model, batch))
 
 
 class Contestant:

@@ -31,8 +31,8 @@ _UNFINISHED = ".saving-"
 class Manifest:
     """What a checkpoint holds beside its tensors.
 
-    number: of this save in the folder, 1 for the first. parameters: whole shapes by name. buffers: names. optimizer: see
-    contents.py. rng: see random_state.py. files: sizes in bytes.
+    number: of this save in the folder, 1 for the first. parameters: whole shapes by name. buffers: names. optimizer:
+    see contents.py. rng: see random_state.py. files: sizes in bytes.
     """
 
     step: int

@@ -22,6 +22,7 @@ from omnicompile.runtime.engine import LABELS, Engine, LoadedProgram, batch_sign
 from omnicompile.runtime.packing import dealt_values
 from omnicompile.runtime.parameters import ParameterStore, add_parameter, clip_grad_norm
 from omnicompile.runtime.state import State
+from omnicompile.runtime.weights import Values
 
 
 @dataclass
@@ -124,14 +125,12 @@ class ParallelModule(nn.Module):
     global batch, normalised by its target tokens.
     """
 
-    def __init__(
-        self, engine: Engine, specs: Mapping[str, ParamSpec], full: Mapping[str, Tensor], budget: Budget
-    ) -> None:
+    def __init__(self, engine: Engine, specs: Mapping[str, ParamSpec], values: Values, budget: Budget) -> None:
         super().__init__()
         self.engine = engine
         self.budget = budget
         self.store = ParameterStore(engine.mesh, specs)
-        self.store.fill(full)
+        self.store.fill(values)
         for name, parameter in self.store.local.items():
             add_parameter(self, name, parameter)
         self._watch = engine.mesh.watch

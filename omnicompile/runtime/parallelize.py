@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,12 +21,13 @@ from omnicompile.runtime.agreement import installed_versions, model_structure, r
 from omnicompile.runtime.backends import BACKENDS
 from omnicompile.runtime.budget import Budget
 from omnicompile.runtime.engine import Engine, batch_signature
+from omnicompile.runtime.loading import Pretrained
 from omnicompile.runtime.mesh import TIMEOUT, RuntimeMesh, build_mesh, control_group, pick_device, start_processes
 from omnicompile.runtime.packing import image_ranks, needs_dealing
 from omnicompile.runtime.parallel_module import ParallelModule, to_host
 from omnicompile.runtime.plain_module import PlainModule
 from omnicompile.runtime.state import specs_of_all
-from omnicompile.runtime.weights import materialized, on_meta
+from omnicompile.runtime.weights import Given, Initialized, Values, materialized, on_meta, with_real_buffers
 from omnicompile.support import refuse_unexecutable
 from omnicompile.workload import Workload
 
@@ -41,11 +43,13 @@ def parallelize(
     seed: int = 0,
     lower: Lower = default_lower,
     timeout: float = TIMEOUT,
+    weights: str | Path | None = None,
 ) -> ParallelModule | PlainModule:
     """Distribute `model` under `plan` over the processes that torchrun started.
 
-    model: with its weights, the same on every rank, or on the meta device, when its own initialization gives the values
-    (from `seed`); it is not changed. plan: None plans first, for these processes and
+    model: with its weights, the same on every rank, or on the meta device; it is not changed. weights: of a model on
+    the meta device, a folder as Hugging Face's save_pretrained writes it, of which each rank reads its own parts; None:
+    the model's own initialization gives the values (from `seed`). plan: None plans first, for these processes and
     this budget; with one process the plain model is returned. device_type: "cuda", "cpu", or None for what there is.
     example_batch: a batch of the budget that training batches have; its values do not matter. backend: "inductor" (None
     on GPUs) compiles forward and backward as one graph, "step" (None on CPUs) runs that graph as it is, "torch.compile"
@@ -64,12 +68,14 @@ def parallelize(
     if plan is not None:
         refuse_unexecutable(plan)
     if plan is None or plan.mesh.world == _processes() == 1:
-        return PlainModule((materialized(model, seed) if on_meta(model) else model).to(device))
+        values = _values(model, weights, seed)
+        return PlainModule((materialized(model, values) if on_meta(model) else model).to(device))
     if example_batch is None:
         raise InputError("give parallelize an example_batch of the budget that training batches are padded to")
     mesh = build_mesh(plan.mesh, device_type, timeout)
     with mesh.watch.guard("parallelize"):
-        return _distributed(model, plan, mesh, example_batch, backend, master_dtype, segments, seed, lower)
+        values = _values(model, weights, seed)
+        return _distributed(model, plan, mesh, example_batch, backend, master_dtype, segments, values, lower)
 
 
 def _distributed(
@@ -80,7 +86,7 @@ def _distributed(
     backend: str,
     master_dtype: torch.dtype,
     segments: int,
-    seed: int,
+    values: Values,
     lower: Lower,
 ) -> ParallelModule:
     batch = to_host(example_batch)
@@ -88,21 +94,29 @@ def _distributed(
         "plan": str(plan_lines(plan)),
         "versions": installed_versions(),
         "model": model_structure(model),
-        "options": f"backend {backend}\nmaster_dtype {master_dtype}\nsegments {segments}\nseed {seed}",
+        "options": f"backend {backend}\nmaster_dtype {master_dtype}\nsegments {segments}",
         "shapes of the example batch": batch_signature(batch, model.training),
-        "weights": weight_samples(model),
+        "weights": f"{weight_samples(model)}\n{values.described()}",
     }
     require_same(facts, mesh.control)
     if on_meta(model):
-        model = materialized(model, seed)
+        model = with_real_buffers(model, values)
     engine = Engine(model, plan, mesh, lower, BACKENDS[backend], master_dtype, segments)
     budget = Budget.of(model, batch, image_ranks(plan))
     loaded = engine.program(batch, batch_signature(batch, model.training), logits=False)
     if needs_dealing(loaded.program) and budget.images is None:
         raise PlanError("layout 'images' needs the sizes of images in `image_grid_thw`: use layout 'sequence'")
     specs = specs_of_all(model, loaded.program.params, master_dtype)
-    module = ParallelModule(engine, specs, dict(model.named_parameters()), budget)
+    module = ParallelModule(engine, specs, values, budget)
     return module.train(model.training)
+
+
+def _values(model: nn.Module, weights: str | Path | None, seed: int) -> Values:
+    if not on_meta(model):
+        if weights is not None:
+            raise InputError(f"weights={str(weights)!r} are for a model on the meta device, and this one has its own")
+        return Given(dict(model.named_parameters()))
+    return Initialized(model, seed) if weights is None else Pretrained.of(model, weights, seed)
 
 
 def _processes() -> int:

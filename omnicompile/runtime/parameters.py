@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Shard
 
-from omnicompile.errors import InputError, LoweringError
+from omnicompile.errors import InputError
 from omnicompile.passes.rank_program import ParamSpec
 from omnicompile.runtime.mesh import RuntimeMesh
+from omnicompile.runtime.weights import Values
 
 
 class _Branch(nn.Module):
@@ -40,17 +41,28 @@ class ParameterStore:
         self.local: dict[str, nn.Parameter] = {}
         self._device_meshes: dict[tuple[str, ...], DeviceMesh] = {}
 
-    def fill(self, full: Mapping[str, Tensor]) -> None:
-        """Take this rank's shards of whole parameters. Raises LoweringError for one that has no values."""
-        for name, spec in self.specs.items():
-            value = full[name]
-            if value.device.type == "meta":
-                raise LoweringError(
-                    f"parameter {name} is on the meta device: give the model weights before parallelize"
-                )
-            shard = spec.local_of(value.detach(), self.mesh.mesh, self.mesh.rank)
-            shard = shard.to(device=self.mesh.device, dtype=spec.dtype)
-            self.local[name] = nn.Parameter(shard, requires_grad=spec.trainable)
+    def fill(self, values: Values) -> None:
+        """Take this rank's shards of all parameters."""
+        values.fill(self, list(self.specs))
+        self.local = {name: self.local[name] for name in self.specs}
+
+    def part_of(self, name: str) -> tuple[slice, ...]:
+        """The part of the whole tensor that this rank stores, without padding; empty where padding is all."""
+        spec = self.specs[name]
+        parts = [slice(0, size) for size in spec.shape]
+        for shard in spec.shards:
+            now = parts[shard.dim]
+            chunk = -(-(now.stop - now.start) // self.mesh.size(shard.axes))
+            start = min(now.start + self.mesh.coordinate(shard.axes) * chunk, now.stop)
+            parts[shard.dim] = slice(start, min(start + chunk, now.stop))
+        return tuple(parts)
+
+    def take(self, name: str, part: Tensor) -> None:
+        """Store `part`, what `part_of` says of the whole tensor, as this rank's shard."""
+        spec = self.specs[name]
+        shard = torch.zeros(spec.local_shape(self.mesh.mesh), dtype=spec.dtype, device=self.mesh.device)
+        shard[tuple(slice(0, size) for size in part.shape)] = part.detach().to(self.mesh.device)
+        self.local[name] = nn.Parameter(shard, requires_grad=spec.trainable)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Whole-shape DTensors over the local shards (plain tensors where nothing is cut), by the model's names."""

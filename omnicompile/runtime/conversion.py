@@ -1,0 +1,201 @@
+"""How tensors of a Hugging Face checkpoint become parameters, by the rules of transformers, a part at a time.
+
+transformers renames keys and, where a checkpoint has another layout (an expert a tensor, say, and the model all
+experts in one), converts tensors by operations such as stack, concatenate, split and transpose. To read no more than
+one part of the result, the operations are run on small tensors that hold the number of each element. They tell which
+part of which source the wanted part is made of, and the same operations on those parts alone must give the wanted
+numbers; where they do not, the sources are read whole.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from omnicompile.errors import InputError
+from omnicompile.runtime.safetensors_folder import SafetensorsFolder
+
+Part = tuple[slice, ...]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A tensor of the checkpoint. pattern: of the converter, that its key fits."""
+
+    key: str
+    pattern: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Renamed:
+    """A parameter that is a tensor of the checkpoint."""
+
+    name: str
+    key: str
+
+    def names(self) -> list[str]:
+        return [self.name]
+
+    def shape(self, folder: SafetensorsFolder, name: str) -> tuple[int, ...]:
+        return folder.shape(self.key)
+
+    def read(self, folder: SafetensorsFolder, name: str, part: Part) -> Tensor:
+        return folder.part(self.key, part)
+
+    def first_key(self) -> str:
+        return self.key
+
+
+class Converted:
+    """Parameters that operations of transformers make of tensors of the checkpoint. first: name of the first one."""
+
+    def __init__(self, first: str, converter: Any, sources: Sequence[Source], model: Any) -> None:
+        """Raises InputError when the operations do not take these sources."""
+        self._first, self._converter, self._model = first, converter, model
+        self._sources = list(sources)
+        try:
+            made = self._run([torch.empty(source.shape, device="meta") for source in sources], range(len(sources)))
+        except Exception as error:
+            keys = ", ".join(source.key for source in sources[:3])
+            raise InputError(f"{first} cannot be made of {keys} ...: {type(error).__name__}: {error}") from error
+        self._shapes = {name: tuple(value.shape) for name, value in made.items()}
+
+    def names(self) -> list[str]:
+        return list(self._shapes)
+
+    def shape(self, folder: SafetensorsFolder, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def first_key(self) -> str:
+        return self._sources[0].key
+
+    def read(self, folder: SafetensorsFolder, name: str, part: Part) -> Tensor:
+        wanted = self._parts(name, part)
+        if wanted is None:
+            whole = {number: _all_of(source.shape) for number, source in enumerate(self._sources)}
+            return self._made_of(folder, whole)[name][part].clone()
+        return self._made_of(folder, wanted)[name]
+
+    def _made_of(self, folder: SafetensorsFolder, parts: Mapping[int, Part]) -> dict[str, Tensor]:
+        return self._run([folder.part(self._sources[number].key, part) for number, part in parts.items()], list(parts))
+
+    def _run(self, tensors: Sequence[Tensor], numbers: Sequence[int]) -> dict[str, Tensor]:
+        """The operations on `tensors` in the place of the sources `numbers`."""
+        converter = copy.deepcopy(self._converter)
+        for tensor, number in zip(tensors, numbers):
+            source = self._sources[number]
+            converter.add_tensor(self._first, source.key, source.pattern, tensor)
+        made = converter.convert(self._first, model=self._model, config=self._model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+    def _parts(self, name: str, part: Part) -> dict[int, Part] | None:
+        """Of the sources that are needed, the parts of which the operations make `part` of `name`; None if there are no
+        such parts. A dimension of a source that the wanted part is cut along is cut, of any other all is taken."""
+        shape = self._shapes[name]
+        cut = [dim for dim, (there, size) in enumerate(zip(part, shape)) if there != slice(0, size)]
+        try:
+            along = {dim: self._driver(name, dim) for dim in cut}
+            kept = {dim for dim in along.values() if dim is not None}
+            parts = {number: list(_all_of(source.shape)) for number, source in enumerate(self._sources)}
+            for dim, source_dim in along.items():
+                self._narrow(parts, name, dim, source_dim, part[dim])
+            found = {number: tuple(there) for number, there in parts.items()}
+            return found if self._gives(name, part, cut, kept, found) else None
+        except Exception:  # an operation that small numbers or parts do not fit
+            return None
+
+    def _driver(self, name: str, dim: int) -> int | None:
+        """The dimension of the sources that becomes `dim` of the result; None where it runs over whole sources."""
+        ranks = {len(source.shape) for source in self._sources}
+        for source_dim in (None, *range(min(ranks))):
+            numbers = self._numbered(set() if source_dim is None else {source_dim})
+            if self._run(numbers, range(len(numbers)))[name].shape[dim] == self._shapes[name][dim]:
+                return source_dim
+        raise ValueError(f"dimension {dim} of {name} is made of several")
+
+    def _numbered(self, kept: set[int]) -> list[Tensor]:
+        """For each source a small tensor, whole in the dimensions `kept`, in which every element has a number of its
+        own."""
+        numbers, start = [], 0
+        for source in self._sources:
+            shape = [size if dim in kept else min(size, 2) for dim, size in enumerate(source.shape)]
+            count = int(torch.tensor(shape, dtype=torch.int64).prod())
+            numbers.append(torch.arange(start, start + count).view(shape))
+            start += count
+        return numbers
+
+    def _narrow(
+        self, parts: dict[int, list[slice]], name: str, dim: int, source_dim: int | None, wanted: slice
+    ) -> None:
+        numbers = self._numbered(set() if source_dim is None else {source_dim})
+        made = self._run(numbers, range(len(numbers)))[name]
+        needed = made.narrow(dim, wanted.start, wanted.stop - wanted.start)
+        for number, own in enumerate(numbers):
+            here = torch.isin(own, needed)
+            if source_dim is None:
+                if not here.any():
+                    parts.pop(number, None)
+            elif number in parts:
+                rows = here.movedim(source_dim, 0).flatten(1).any(1).nonzero().flatten().tolist()
+                parts[number][source_dim] = slice(rows[0], rows[-1] + 1) if rows else slice(0, 0)
+
+    def _gives(self, name: str, part: Part, cut: list[int], kept: set[int], parts: Mapping[int, Part]) -> bool:
+        """Whether the operations on `parts` of numbered tensors give the numbers of the wanted part."""
+        numbers = self._numbered(kept)
+        whole = self._run(numbers, range(len(numbers)))[name]
+        want = whole[tuple(there if dim in cut else slice(None) for dim, there in enumerate(part))]
+        pieces = []
+        for number, there in parts.items():
+            own = tuple(one if dim in kept else slice(None) for dim, one in enumerate(there))
+            pieces.append(numbers[number][own])
+        got = self._run(pieces, list(parts))[name]
+        return got.shape == want.shape and torch.equal(got, want)
+
+
+def _all_of(shape: Sequence[int]) -> Part:
+    return tuple(slice(0, size) for size in shape)
+
+
+Conversion = Renamed | Converted
+
+
+def conversions(model: Any, own: Mapping[str, Tensor], folder: SafetensorsFolder) -> tuple[list[Conversion], set[str]]:
+    """How the tensors in `folder` become those of `model`, a model of transformers, and names that they would have of
+    which the model has none. own: its state dict."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+    prefix = model.base_model_prefix
+    plain: list[Conversion] = []
+    collected: dict[str, list[Source]] = {}
+    unexpected: set[str] = set()
+    for key in sorted(folder.names(), key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, prefix, own)
+        if name not in own and key in own:  # as transformers: a key that needed no other name
+            name, pattern = rename_source_key(key, [], [], base_model_prefix=prefix, meta_state_dict=own)
+        if name not in own:
+            unexpected.add(key)
+        elif pattern is None:
+            plain.append(Renamed(name, key))
+        else:
+            collected.setdefault(name, []).append(Source(key, pattern, folder.shape(key)))
+    made = [
+        Converted(first, by_pattern[sources[0].pattern], sources, model) for first, sources in collected.items()
+    ]
+    return [*plain, *made], unexpected
+
+
+def by_file(found: Sequence[Conversion], folder: SafetensorsFolder) -> list[Conversion]:
+    """In an order that opens each file once, but for conversions whose sources lie in several."""
+    return list(itertools.chain(sorted(found, key=lambda one: folder.file_of(one.first_key()))))
