@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -38,9 +38,13 @@ class Everyone:
     def largest(self, values: Sequence[float]) -> list[float]:
         return self._reduced(values, dist.ReduceOp.MAX)
 
+    def guard(self, what: str) -> AbstractContextManager[None]:
+        """Around what only all ranks together can do (see runtime/watch.py)."""
+        return nullcontext() if self.watch is None else self.watch.guard(what)
+
     def _reduced(self, values: Sequence[float], how: dist.ReduceOp.RedOpType) -> list[float]:
         vector = torch.tensor(list(values), dtype=torch.float64)
         if self.group is not None:
-            with contextlib.nullcontext() if self.watch is None else self.watch.guard("the end of the step"):
+            with self.guard("the end of the step"):
                 dist.all_reduce(vector, how, group=self.group)
         return vector.tolist()

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from omnicompile.errors import OmniCompileError
 from omnicompile.train.step import StepResult
 
-_SHOWN = 12
+_SHOWN = 8
 
 
 class TrainingError(OmniCompileError):
@@ -22,8 +21,9 @@ class FiniteGuard:
         self._allowed = allowed
         self.skipped = 0
 
-    def check(self, step: int, result: StepResult, samples: Sequence[Any]) -> bool:
-        """Whether the step was taken. Raises TrainingError for one more than allowed, naming step and samples."""
+    def check(self, step: int, result: StepResult, samples: Sequence[str]) -> bool:
+        """Whether the step was taken. samples: as they are to be named. Raises TrainingError for one more than allowed,
+        naming step and samples."""
         if result.taken:
             return True
         self.skipped += 1
@@ -48,7 +48,7 @@ def not_finite(result: StepResult) -> str:
     return f"the loss is {result.loss}{where}"
 
 
-def samples_text(samples: Sequence[Any]) -> str:
-    shown = ", ".join(str(sample) for sample in samples[:_SHOWN])
+def samples_text(samples: Sequence[str]) -> str:
+    shown = ", ".join(samples[:_SHOWN])
     more = f" and {len(samples) - _SHOWN} more" if len(samples) > _SHOWN else ""
     return f"samples {shown}{more}" if samples else "its samples"

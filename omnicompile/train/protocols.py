@@ -10,27 +10,25 @@ from torch.optim import Optimizer
 
 
 class Step(Protocol):
-    """What one optimizer step trains on. micro_batches: this data rank's. step, epoch: from 0, of the whole training.
-    fill: real tokens relative to the budget, over all ranks. real_tokens: over all ranks, without padding. samples: the
-    ids of all samples in the step, over all ranks."""
+    """What one optimizer step trains on, as omnicompile.data.Step. micro_batches: this data rank's. epoch: from 0.
+    fill: what is real of the budget of all ranks, as shares by kind ("tokens", "patches"). real_tokens: over all ranks,
+    without padding. keys: (epoch, sample number, part) of all ranks' samples."""
 
     @property
     def micro_batches(self) -> Sequence[dict[str, Any]]: ...
     @property
-    def step(self) -> int: ...
-    @property
     def epoch(self) -> int: ...
     @property
-    def fill(self) -> float: ...
+    def fill(self) -> Mapping[str, float]: ...
     @property
     def real_tokens(self) -> int: ...
     @property
-    def samples(self) -> Sequence[Any]: ...
+    def keys(self) -> Sequence[Sequence[int]]: ...
 
 
 class Loader(Protocol):
-    """Iterating it gives the steps that are left of the present epoch, then ends; again, the next epoch. The state is
-    JSON-able and the same on every rank."""
+    """Iterating it gives the steps that are left, of all epochs or of the present one; again, what comes after them. The
+    state is JSON-able, the same on every rank, and that after the last step that was given."""
 
     def __iter__(self) -> Iterator[Any]: ...
     def state_dict(self) -> dict[str, Any]: ...

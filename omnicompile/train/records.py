@@ -10,7 +10,7 @@ from typing import Any, Protocol
 @dataclass(frozen=True)
 class StepRecord:
     """One line of progress. Since the line before: tokens_per_second (real tokens, per GPU), mfu and seconds (of one
-    step); None where not known. fill: share of the budget that is real tokens. memory: most bytes of this process so
+    step); None where not known. fill: what is real of the budget, by kind ("tokens", "patches"). memory: most bytes of this process so
     far."""
 
     step: int
@@ -24,7 +24,7 @@ class StepRecord:
     tokens_per_second: float
     mfu: float | None
     memory: int
-    fill: float
+    fill: Mapping[str, float]
     losses: Mapping[str, float] = field(default_factory=dict)
     skipped: int = 0
 
@@ -83,12 +83,12 @@ def scalars(record: StepRecord) -> dict[str, float]:
         "train/grad_norm": record.grad_norm,
         "speed/tokens_per_second_per_gpu": record.tokens_per_second,
         "speed/seconds_per_step": record.seconds,
-        "data/fill": record.fill,
         "data/epoch": float(record.epoch),
         "memory/peak_bytes": float(record.memory),
     }
     if record.mfu is not None:
         found["speed/mfu"] = record.mfu
+    found |= {f"data/fill/{kind}": share for kind, share in record.fill.items()}
     return found | {f"train/loss/{name}": value for name, value in record.losses.items()}
 
 

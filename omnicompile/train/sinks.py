@@ -23,9 +23,16 @@ def step_text(record: StepRecord) -> str:
         f"step {record.step}{total}", f"loss {record.loss:.5f}",
         *(f"{name} {value:.4f}" for name, value in record.losses.items()),
         f"lr {record.lr:.2e}", f"norm {record.grad_norm:.3f}", f"{record.tokens_per_second:,.0f} tokens/s/GPU",
-        f"MFU {mfu}", bytes_text(record.memory), f"fill {record.fill:.1%}", f"epoch {record.epoch}",
+        f"MFU {mfu}", bytes_text(record.memory), f"fill {fill_text(record.fill)}", f"epoch {record.epoch}",
     ]  # fmt: skip
     return "  ".join([*parts, f"{record.skipped} skipped"] if record.skipped else parts)
+
+
+def fill_text(fill: Mapping[str, float]) -> str:
+    """98.2% of tokens, 97.5% of patches; in short where there are tokens alone."""
+    if set(fill) == {"tokens"}:
+        return f"{fill['tokens']:.1%}"
+    return ", ".join(f"{share:.1%} of {kind}" for kind, share in fill.items())
 
 
 def evaluation_text(record: EvaluationRecord) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,8 @@ class Trainer:
 
     checkpointer: None keeps nothing. evaluation: another loader, started from its beginning each time. report: where
     progress goes (rank 0's). cost: for MFU. sample_log: where the samples of every step are written (rank 0's).
-    profile: the step that is recorded as a Chrome trace, into the folder given with it. done: steps taken before.
+    profile: the step that is recorded as a Chrome trace, into the folder given with it. name_of: a sample by its key,
+    for messages. done: steps taken before.
     """
 
     module: Module
@@ -51,6 +52,7 @@ class Trainer:
     cost: Cost | None = None
     sample_log: SampleLog | None = None
     profile: tuple[int, Path] | None = None
+    name_of: Callable[[Sequence[int]], str] = str
     stop: StopRequest = field(default_factory=StopRequest)
     done: int = 0
 
@@ -113,16 +115,23 @@ class Trainer:
         last = self.options.epochs or (1 if self.options.steps is None else None)
         empty = 0
         while True:
-            began, steps, epoch = time.perf_counter(), 0, 0
-            for step in self.loader:
+            steps, source = 0, iter(self.loader)
+            while True:
+                began = time.perf_counter()
+                with self._everyone.guard("reading the data"):
+                    step = next(source, None)
+                if step is None:
+                    break
                 if last is not None and step.epoch >= last:
                     return
                 yield step, time.perf_counter() - began
-                steps, epoch, began = steps + 1, step.epoch + 1, time.perf_counter()
+                steps, epoch = steps + 1, step.epoch + 1
             empty = 0 if steps else empty + 1
-            if last is not None and epoch >= last:
+            if steps and last is not None and epoch >= last:
                 return
-            if empty > 1:  # a run that goes on at the end of an epoch has one pass without a step
+            if empty > 1 and self.done:  # a run that goes on at the end of an epoch has one pass without a step
+                return
+            if empty > 1:
                 raise TrainingError("the data has no sample to train on")
 
     def _train(self, step: Step, waited: float) -> StepResult:
@@ -133,8 +142,8 @@ class Trainer:
         if trace is not None:
             self.report.event("profile", f"step {self.done + 1} profiled: {trace}", step=self.done + 1, path=str(trace))
         if self.sample_log is not None:
-            self.sample_log.write(self.done + 1, step.samples)
-        if not self._guard.check(self.done + 1, result, step.samples):
+            self.sample_log.write(self.done + 1, step.keys)
+        if not self._guard.check(self.done + 1, result, [self.name_of(key) for key in step.keys]):
             text = f"step {self.done + 1} left out: {not_finite(result)}"
             self.report.event("skipped", text, step=self.done + 1)
         return result

@@ -16,9 +16,9 @@ class MemoryStep:
     micro_batches: list[dict[str, Any]]
     step: int
     epoch: int
-    fill: float
+    fill: dict[str, float]
     real_tokens: int
-    samples: list[str]
+    keys: list[tuple[int, int, int]]
 
 
 class MemoryLoader:
@@ -35,9 +35,10 @@ class MemoryLoader:
             numbers = range(self.place, self.place + size)
             mine = [dict(self.batches[n]) for n in list(numbers)[self.rank :: self.ranks]]
             tokens = sum(self.batches[n]["input_ids"].numel() for n in numbers)
+            keys = [(self.epoch, n, 0) for n in numbers]
             self.place += size
             self.step += 1
-            yield MemoryStep(mine, self.step - 1, self.epoch, 1.0, tokens, [f"{self.epoch}.{n}" for n in numbers])
+            yield MemoryStep(mine, self.step - 1, self.epoch, {"tokens": 1.0}, tokens, keys)
         self.epoch, self.place = self.epoch + 1, 0
 
     def state_dict(self) -> dict[str, Any]:

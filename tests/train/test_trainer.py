@@ -122,7 +122,9 @@ def test_a_loss_that_is_not_finite_ends_training_and_names_step_and_samples() ->
             before.update({name: value.clone() for name, value in run.module.named_parameters()})
 
     run.report = Report([kept, Watching()])
-    with pytest.raises(TrainingError, match=r"step 3: the loss is nan in micro-step 1, in samples 0\.4, 0\.5"):
+    with pytest.raises(
+        TrainingError, match=r"step 3: the loss is nan in micro-step 1, in samples \(0, 4, 0\), \(0, 5, 0\)"
+    ):
         run.run()
     assert len(kept.steps) == 2
     for name, value in run.module.named_parameters():
@@ -186,7 +188,7 @@ def test_a_run_that_was_cut_off_goes_on_as_one_that_never_was(tmp_path: Path) ->
     assert [r.lr for r in kept.steps] == pytest.approx([r.lr for r in want.steps[5:]])
     seen = [json.loads(line) for line in log.read_text().splitlines()]
     assert [line["step"] for line in seen] == list(range(1, 13))
-    assert [sample for line in seen for sample in line["samples"]] == [f"{n // 8}.{n % 8}" for n in range(24)]
+    assert [sample for line in seen for sample in line["samples"]] == [[n // 8, n % 8, 0] for n in range(24)]
     assert Checkpointer(folder).latest() == 12
 
 
