@@ -1,0 +1,28 @@
+"""Samples packed into micro-batches of a fixed budget, every one exactly once per epoch."""
+
+from omnicompile.data.budget import Budget, Size, attention_weights, suggest_budget
+from omnicompile.data.encode import Encoded, ProcessorEncoder
+from omnicompile.data.loader import PackedLoader, Step, make_loader
+from omnicompile.data.policy import Policy
+from omnicompile.data.sample import BadSample, Sample
+from omnicompile.data.sources import DatasetSource, JsonLines, Source, WebShards, open_source
+
+__all__ = [
+    "BadSample",
+    "Budget",
+    "DatasetSource",
+    "Encoded",
+    "JsonLines",
+    "PackedLoader",
+    "Policy",
+    "ProcessorEncoder",
+    "Sample",
+    "Size",
+    "Source",
+    "Step",
+    "WebShards",
+    "attention_weights",
+    "make_loader",
+    "open_source",
+    "suggest_budget",
+]
