@@ -15,7 +15,8 @@ def sample_shape(limits: InputConstraints, generic: ExampleInputs, workload: Wor
     if limits.images is not None and generic.patches_per_image:
         rows, cols = limits.images.nearest_grid(*workload.image_size)
         patches = rows * cols
-        tokens_image = round(generic.tokens_per_image * patches / generic.patches_per_image)
+        fixed = generic.fixed_tokens_per_image
+        tokens_image = fixed + round((generic.tokens_per_image - fixed) * patches / generic.patches_per_image)
     if limits.audio is not None and generic.frames_per_clip:
         seconds = 30.0 if workload.audio_seconds is None else workload.audio_seconds
         frames = limits.audio.nearest_frames(seconds)

@@ -77,8 +77,10 @@ def default_plan(model: nn.Module, batch: Batch, gpus: int) -> Plan:
 
 
 def block_names(batch: Batch) -> tuple[str, ...]:
-    found = {modality_of_input(name) for name, value in batch.items() if isinstance(value, Tensor)}
-    return ("text", *sorted(found & {"vision", "audio"}))
+    """Of the blocks that a model has: text, images, audio, and any other modality whose values it is given."""
+    found = {name: modality_of_input(name) for name, value in batch.items() if isinstance(value, Tensor)}
+    named = {m for name, m in found.items() if m in ("vision", "audio") or name.endswith("_values")}
+    return ("text", *sorted(named - {"text", "video"}))
 
 
 def count_experts(model: nn.Module) -> int:

@@ -6,7 +6,7 @@ model itself serves, if it is small enough.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from omnicompile.capture.inputs import FloatSpec, InputRequest, input_constraints, make_inputs
+from omnicompile.capture.inputs.facts import special_ids
 from omnicompile.capture.inputs.stand_ins import fill_placeholders
 from omnicompile.capture.source import ModelSource
 from omnicompile.errors import CaptureError, InputError, OmniCompileError
@@ -171,6 +172,7 @@ def _batches(model: nn.Module, dtype: torch.dtype, even: bool = False) -> Callab
     if images is not None and grid is not None and images.grid is None:
         grid = (grid[0] * 2, grid[1] * 4)
     longest = limits.max_seq_len or _PROBE_LENGTH
+    special = special_ids(model.config) if is_hugging_face(model) else set()
 
     def inputs(seq_len: int, turned: bool) -> Any:
         shape = (
@@ -186,7 +188,7 @@ def _batches(model: nn.Module, dtype: torch.dtype, even: bool = False) -> Callab
 
     def batch(rank: int) -> Batch:
         turned = rank % 2 == 1 and images is not None and images.packed and not even
-        return _varied(_real(inputs(length, turned).kwargs, dtype, rank), rank)
+        return _varied(_real(inputs(length, turned).kwargs, dtype, rank), rank, special)
 
     return batch
 
@@ -203,15 +205,15 @@ def _real(kwargs: Batch, dtype: torch.dtype, rank: int) -> Batch:
     return {name: filled(value) for name, value in kwargs.items()}
 
 
-def _varied(batch: Batch, rank: int) -> Batch:
-    """Other text tokens on every rank, and other numbers of targets. Tokens without a target stay: they may be
-    placeholders of images."""
+def _varied(batch: Batch, rank: int, special: Collection[int] = ()) -> Batch:
+    """Other text tokens on every rank, and other numbers of targets. Special tokens stay, and those without a target:
+    they may be placeholders of images."""
     ids, labels = batch.get("input_ids"), batch.get("labels")
     if not isinstance(labels, Tensor) or labels.dim() != 2:
         return batch
     result = dict(batch)
     if isinstance(ids, Tensor) and ids.shape == labels.shape:
-        text = (labels == ids) & (labels >= 0)
+        text = (labels == ids) & (labels >= 0) & ~torch.isin(ids, torch.tensor(sorted(special), dtype=ids.dtype))
         words = ids[text]
         order = torch.randperm(len(words), generator=torch.Generator().manual_seed(rank))
         result["input_ids"] = ids.masked_scatter(text, words[order])

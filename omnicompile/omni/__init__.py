@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from omnicompile.omni.build import build, read_config
+    from omnicompile.omni.declared import build, read_config
     from omnicompile.omni.config import OmniConfig
     from omnicompile.omni.gathered import gather_into
     from omnicompile.omni.model import OmniModel
     from omnicompile.omni.processor import Item, OmniProcessor, Text
 
 _WHERE = {
-    "build": "build",
-    "read_config": "build",
+    "build": "declared",
+    "read_config": "declared",
     "OmniConfig": "config",
     "OmniModel": "model",
     "OmniProcessor": "processor",

@@ -56,7 +56,9 @@ def make_config(cls: type[PreTrainedModel], fields: dict[str, Any], where: str) 
         return cls.config_class(**fields)
     except Exception as error:  # of the configuration's own checks
         first = str(error).strip().splitlines()
-        raise InputError(f"{where}: {cls.config_class.__name__}: {first[-1] if first else type(error).__name__}") from error
+        raise InputError(
+            f"{where}: {cls.config_class.__name__}: {first[-1] if first else type(error).__name__}"
+        ) from error
 
 
 def size_of(value: int | str, config: PretrainedConfig, where: str) -> int:

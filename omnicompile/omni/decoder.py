@@ -40,7 +40,7 @@ class DiscreteDecoder(ModalityPart):
     def tokenize(self, values: Tensor) -> Tensor:
         """values [items, *shape of one] -> codes [items, codes of one], int64. No gradient flows back."""
         method = getattr(self.tower, self.config.encode)
-        sizes = torch.tensor([list(values.shape[-2:])] * values.shape[0])
+        sizes = [tuple(values.shape[-2:])] * values.shape[0]
         known = {"image_sizes": sizes} if "image_sizes" in inspect.signature(method).parameters else {}
         found = follow(method(values, **known), self.config.codes_output, f"decoder {self.config.name}")
         if isinstance(found, list | tuple):

@@ -16,6 +16,7 @@ from omnicompile.capture.inputs.types import (
     InputRequest,
     TextTooShort,
 )
+from omnicompile.capture.regions import modality_of_input
 
 if TYPE_CHECKING:
     from omnicompile.omni.encoder import Encoder
@@ -41,37 +42,20 @@ class _Items:
 def input_constraints(model: OmniModel) -> InputConstraints:
     """Every part that is no audio encoder counts as images: what an encoder of packed patches takes decides their size,
     and all others have one size."""
-    images = [part for part in _image_like(model)]
-    packed = [p for p in images if p.packing]
-    constraints = None
-    if packed:
-        sizes = packed[0].packing
-        constraints = ImageConstraints(sizes["patch"], multiple=(sizes["merge"], sizes["merge"]), packed=True)
-    elif images:
-        height, width = images[0].shape[-2:]
-        constraints = ImageConstraints(1, grid=(height, width))
+    encoders = [model.encoder(name) for name in model.config.encoders or [] if not _is_audio(name)]
+    packed = next((encoder.packing() for encoder in encoders if encoder.config.packed), None)
+    images = None
+    if packed is not None:
+        images = ImageConstraints(packed["patch"], multiple=(packed["merge"], packed["merge"]), packed=True)
+    elif fixed := [*encoders, *(model.decoder(name) for name in model.config.decoders or [])]:
+        images = ImageConstraints(1, grid=(1, fixed[0].item_tokens))
     clips = [model.encoder(name) for name in model.config.encoders or [] if _is_audio(name)]
     audio = AudioConstraints(frames=clips[0].item_shape[-1]) if clips else None
-    return InputConstraints(images=constraints, audio=audio)
-
-
-@dataclass(frozen=True)
-class _Sizes:
-    packing: dict[str, int]
-    shape: tuple[int, ...]
+    return InputConstraints(images=images, audio=audio)
 
 
 def _is_audio(name: str) -> bool:
-    from omnicompile.capture.regions import modality_of_input
-
     return modality_of_input(f"{name}_values") == "audio"
-
-
-def _image_like(model: OmniModel) -> list[_Sizes]:
-    config = model.config
-    encoders = [model.encoder(name) for name in config.encoders or [] if not _is_audio(name)]
-    sizes = [_Sizes(e.packing(), () if e.config.packed else e.item_shape) for e in encoders]
-    return sizes + [_Sizes({}, model.decoder(name).item_shape) for name in config.decoders or []]
 
 
 def example_inputs(model: OmniModel, request: InputRequest) -> ExampleInputs:

@@ -28,6 +28,13 @@ class ModalityPart(PreTrainedModel):
         """What takes the places of this modality's placeholders in the language model's input."""
         raise NotImplementedError
 
+    def train(self, mode: bool = True) -> ModalityPart:
+        """A frozen tower stays as it is used: its norms keep their statistics, and nothing is dropped."""
+        super().train(mode)
+        if self.config.freeze != "none":
+            self.get_submodule("tower").eval()
+        return self
+
     def freeze(self) -> None:
         """Switch off gradients as the configuration says; the tower is called `tower`."""
         if self.config.freeze == "all":

@@ -14,6 +14,7 @@ from omnicompile.capture.inputs.types import (
     InputRequest,
     Merge,
     Rows,
+    StatesInputs,
 )
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ __all__ = [
     "InputRequest",
     "Merge",
     "Rows",
+    "StatesInputs",
     "input_constraints",
     "make_inputs",
 ]
@@ -35,6 +37,8 @@ __all__ = [
 
 def input_constraints(model: nn.Module) -> InputConstraints:
     """What the model's forward puts on the sizes of its inputs; see `constraints.py`."""
+    if isinstance(model, StatesInputs):
+        return model.input_constraints()
     from omnicompile.capture.inputs import constraints
 
     return constraints.input_constraints(model)
@@ -44,6 +48,8 @@ def make_inputs(
     model: nn.Module, sample: InputRequest, check: bool = True, limits: InputConstraints | None = None
 ) -> ExampleInputs:
     """Arguments for the model's forward with exactly the numbers of `sample`; see `make.py`."""
+    if isinstance(model, StatesInputs):
+        return model.example_inputs(sample)
     from omnicompile.capture.inputs import make
 
     return make.make_inputs(model, sample, check, limits)

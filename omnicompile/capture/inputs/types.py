@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from omnicompile.errors import CaptureError
 
@@ -125,7 +125,8 @@ class ExampleInputs:
     kwargs: real integer host tensors, `FloatSpec`s for float features, and plain values (flags). host: names of those
     that are metadata (grids, lengths, feature masks, token types), which are evaluated outside the trace; the other
     integer tensors (`input_ids`, `labels`, `position_ids`) are ordinary inputs. tokens_per_image / tokens_per_clip:
-    placeholders in the text, 0 where the features go elsewhere.
+    placeholders in the text, 0 where the features go elsewhere. fixed_tokens_per_image: those of them whose number does
+    not go by the image's size.
     """
 
     kwargs: dict[str, Any]
@@ -138,3 +139,15 @@ class ExampleInputs:
     patches_per_image: int = 0
     frames_per_clip: int = 0
     tokens_per_clip: int = 0
+    fixed_tokens_per_image: int = 0
+
+
+@runtime_checkable
+class StatesInputs(Protocol):
+    """A model that says itself what its forward takes, instead of leaving it to names in its configuration."""
+
+    def input_constraints(self) -> InputConstraints:
+        """What the forward puts on the numbers of an `InputRequest`."""
+
+    def example_inputs(self, request: InputRequest) -> ExampleInputs:
+        """Arguments with exactly these numbers. Raises TextTooShort where the text row cannot hold the placeholders."""

@@ -59,7 +59,7 @@ def read_config(file: str | Path, tokenizer: PreTrainedTokenizerBase | None = No
 
 
 def _read(file: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    """The file's fields over those of the file that it extends."""
+    """The file's fields over those of the files that it extends, the later of these over the earlier."""
     if file.resolve() in seen:
         raise InputError(f"{file} extends itself")
     try:
@@ -72,7 +72,11 @@ def _read(file: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise InputError(f"{file} holds no mapping of fields")
     if "extends" not in data:
         return data
-    return _over(_read(file.parent / str(data["extends"]), (*seen, file.resolve())), data)
+    bases = data["extends"] if isinstance(data["extends"], list) else [data["extends"]]
+    result: dict[str, Any] = {}
+    for base in bases:
+        result = _over(result, _read(file.parent / str(base), (*seen, file.resolve())))
+    return _over(result, data)
 
 
 def _over(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,9 +114,7 @@ def _special_tokens(data: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase 
     return {token: vocabulary[token] for token in sorted(wanted)}
 
 
-def _part_fields(
-    name: str, fields: Any, prefix: str, tokens: Mapping[str, int], where: str
-) -> dict[str, Any]:
+def _part_fields(name: str, fields: Any, prefix: str, tokens: Mapping[str, int], where: str) -> dict[str, Any]:
     if not isinstance(fields, Mapping):
         raise InputError(f"{where}: give its class, config and tokens as fields")
     _refuse_unknown(fields, (*_RENAMED, *_COMMON, *_TOKENS, *_OWN[prefix]), where)
