@@ -67,11 +67,16 @@ def mfu(flops: float, seconds: float, ranks: int, peak: float | None) -> float |
     return flops / (seconds * ranks * peak)
 
 
-def frozen_blocks(program: Program, trained: Mapping[str, bool]) -> frozenset[str]:
-    """Blocks none of whose parameters are trained. trained: by parameter name."""
-    names: dict[str, list[str]] = {block.name: [] for block in program.blocks}
+def block_parameters(program: Program) -> dict[str, set[str]]:
+    """Names of the parameters of each block, of all layers of a kind."""
+    names: dict[str, set[str]] = {block.name: set() for block in program.blocks}
     for segment in program.segments:
         for path in segment.paths:
-            for parameter in segment.params:
-                names[segment.block].append(path + parameter.name.removeprefix(segment.paths[0]))
-    return frozenset(block for block, own in names.items() if own and not any(trained.get(name, False) for name in own))
+            names[segment.block] |= {path + param.name.removeprefix(segment.paths[0]) for param in segment.params}
+    return names
+
+
+def frozen_blocks(program: Program, trained: Mapping[str, bool]) -> frozenset[str]:
+    """Blocks none of whose parameters are trained. trained: by parameter name."""
+    names = block_parameters(program)
+    return frozenset(block for block, own in names.items() if own and not any(trained.get(name) for name in own))

@@ -20,7 +20,7 @@ _GRACE = 600
 @dataclass(frozen=True)
 class Job:
     """processes: on this node. nodes: in the job. node: this one's number, for a rendezvous without a service; None:
-    given by the rendezvous. endpoint: host:port of the first node; "" for a job of one node. name: of the rendezvous."""
+    given by the rendezvous. endpoint: host:port of the first node; "" for a job of one node. name: of the job."""
 
     processes: int
     nodes: int = 1

@@ -27,8 +27,8 @@ class Step(Protocol):
 
 
 class Loader(Protocol):
-    """Iterating it gives the steps that are left, of all epochs or of the present one; again, what comes after them. The
-    state is JSON-able, the same on every rank, and that after the last step that was given."""
+    """Iterating it gives the steps that are left, of all epochs or of the present one; again, what comes after them.
+    The state is JSON-able, the same on every rank, and that after the last step that was given."""
 
     def __iter__(self) -> Iterator[Any]: ...
     def state_dict(self) -> dict[str, Any]: ...

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 @dataclass(frozen=True)
 class StepRecord:
     """One line of progress. Since the line before: tokens_per_second (real tokens, per GPU), mfu and seconds (of one
-    step); None where not known. fill: what is real of the budget, by kind ("tokens", "patches"). memory: most bytes of this process so
-    far."""
+    step); None where not known. fill: what is real of the budget, by kind ("tokens", "patches"). memory: most bytes of
+    a process so far."""
 
     step: int
     steps: int | None

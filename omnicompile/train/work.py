@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
@@ -39,7 +40,7 @@ def segment_lengths(batch: Mapping[str, Any]) -> list[int]:
     lengths = []
     for row in running:
         starts = (row == 0).nonzero().flatten().tolist()
-        lengths += [end - start for start, end in zip(starts, starts[1:])]
+        lengths += [end - start for start, end in pairwise(starts)]
     return lengths
 
 
