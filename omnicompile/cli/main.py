@@ -19,7 +19,8 @@ from omnicompile.errors import OmniCompileError
 
 # A command is one module with `HELP`, `EXAMPLES`, `add_arguments` and `run`, and one name here.
 COMMANDS = (
-    "plan", "simulate", "explain", "compare", "inspect", "show", "verify", "recipes", "train", "calibrate", "doctor",
+    "plan", "simulate", "explain", "compare", "inspect", "show", "verify", "recipes", "export", "train",
+    "calibrate", "doctor",
 )  # fmt: skip
 DESCRIPTION = "Plan, inspect and run distributed training of unmodified PyTorch models, omni-modal ones above all."
 EPILOG = """\
@@ -33,6 +34,7 @@ examples:
   omnicompile verify model.py --gpus 8                         prove that the distributed model equals the original
   omnicompile show model.py --gpus 8 --tiny                    the rewritten program, with its collectives
   omnicompile recipes                                          plans for published models, ready to copy
+  omnicompile export recipe.yaml --to veomni                   a plan as another framework's configuration
   omnicompile train recipe.yaml --data train.jsonl --out run   train on the processes that the recipe is for
   omnicompile calibrate --out my.yaml                          measure this machine, for --gpu my.yaml
   omnicompile doctor                                           what this machine and installation can do

@@ -101,7 +101,7 @@ def _entry(recipe: Recipe) -> dict[str, Any]:
 
 
 def _table(found: list[Recipe]) -> str:
-    rows = [("recipe", "model", "GPUs", "length", "t/s/GPU", "MFU", "memory", "mesh")]
+    rows: list[tuple[str, ...]] = [("recipe", "model", "GPUs", "length", "t/s/GPU", "MFU", "memory", "mesh")]
     rows += [_row(recipe, recipe.load()) for recipe in found]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     left = (0, 1, len(widths) - 1)
