@@ -157,7 +157,7 @@ def _prepare(
     state = OptimizerContents.of(module, optimizer)
     manifest = Manifest(
         step=step,
-        model=module.model_name,
+        model=type(module.plain_model).__name__,
         parameters=whole_shapes(module),
         buffers=sorted(module.stored_buffers()),
         optimizer=state.facts,

@@ -281,8 +281,9 @@ class ParallelModule(nn.Module):
         return torch.nn.modules.module._IncompatibleKeys(missing, unexpected)
 
     @property
-    def model_name(self) -> str:
-        return type(self.engine.model).__name__
+    def plain_model(self) -> nn.Module:
+        """The model that this one runs, its parameters possibly without values."""
+        return self.engine.model
 
     def stored(self) -> dict[str, Tensor]:
         """The parameters as this rank stores them: local shards, zero-padded where a dimension is uneven, by name."""

@@ -56,8 +56,8 @@ class PlainModule(nn.Module):
         return self._model[0].load_state_dict(state_dict, strict, assign)
 
     @property
-    def model_name(self) -> str:
-        return type(self._model[0]).__name__
+    def plain_model(self) -> nn.Module:
+        return self._model[0]
 
     def stored(self) -> dict[str, Tensor]:
         return dict(self._model[0].named_parameters())
