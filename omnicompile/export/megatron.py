@@ -80,15 +80,20 @@ def _experts(plan: Plan) -> Keys:
         return {"--expert-model-parallel-size": 1}
     return {
         "--expert-model-parallel-size": plan.mesh.ep,
-        "--expert-tensor-parallel-size": 1,
+        "--expert-tensor-parallel-size": plan.stack.expert_tp,
         "--moe-token-dispatcher-type": "alltoall",
         "--moe-grouped-gemm": True,
     }
 
 
 def _tensor(plan: Plan) -> Keys:
-    degree = plan.mesh.tp
-    return {"--tensor-model-parallel-size": degree} | ({"--sequence-parallel": True} if degree > 1 else {})
+    cut = plan.mesh.tp > 1 and plan.stack.tp_sequence
+    return {"--tensor-model-parallel-size": plan.mesh.tp} | ({"--sequence-parallel": True} if cut else {})
+
+
+def _overlap(plan: Plan) -> Keys:
+    gathers = plan.blocks[main_block(plan)].sharding is not Sharding.REPLICATE
+    return {"--overlap-grad-reduce": True} | ({"--overlap-param-gather": True} if gathers else {})
 
 
 def _recompute(plan: Plan, choice: Choice) -> Said:
@@ -167,6 +172,11 @@ TARGET = Target(
         "step.offload_optimizer": _offload_optimizer,
         "step.param_dtype": _precision,
         "step.reduce_dtype": _reduce,
+        "stack.tp_sequence": keys(_tensor),
+        "stack.tp_overlap": key("--tp-comm-overlap"),
+        "stack.pipeline_chunks": key("--num-virtual-stages-per-pipeline-rank"),
+        "stack.expert_tp": keys(_experts),
+        "stack.overlap_gradients": keys(_overlap),
     },
     fixed=lambda plan: {},
     to_set=(

@@ -153,6 +153,7 @@ TARGET = Target(
         "step.offload_optimizer": _offload_optimizer,
         "step.param_dtype": _precision,
         "step.reduce_dtype": only("float32", "gradients are reduced in float32"),
+        "stack.tp_sequence": key(f"{PARALLEL}.enable_sequence_parallel"),
     },
     fixed=lambda plan: {},
     to_set=(
