@@ -34,8 +34,8 @@ _MODALITY_OF_INPUT = (
 
 
 def modality_of_input(name: str) -> str:
-    """The modality that a forward argument of this name carries; unknown names are a modality of their own, as is what a
-    model is to produce (`output_image_values`), unless given as tokens (`output_image_ids`)."""
+    """The modality that a forward argument of this name carries; unknown names are a modality of their own, as is what
+    a model is to produce (`output_image_values`), unless given as tokens (`output_image_ids`)."""
     if name.startswith("output_"):
         return "text" if name.endswith("ids") else name.removesuffix("_values")
     for part, modality in _MODALITY_OF_INPUT:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from omnicompile.omni.declared import build, read_config
     from omnicompile.omni.config import OmniConfig
+    from omnicompile.omni.declared import build, read_config
     from omnicompile.omni.gathered import gather_into
     from omnicompile.omni.model import OmniModel
     from omnicompile.omni.processor import Item, OmniProcessor, Text

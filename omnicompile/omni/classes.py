@@ -37,8 +37,8 @@ def find_class(name: str, where: str) -> type[PreTrainedModel]:
             found = getattr(importlib.import_module(module_name if "." in module_name else family), class_name)
     except (ImportError, AttributeError) as error:
         raise InputError(
-            f"{where}: there is no class {name}: give one that transformers exports (SiglipVisionModel), one of its model "
-            "families (whisper.WhisperEncoder), or package.module.Class"
+            f"{where}: there is no class {name}: give one that transformers exports (SiglipVisionModel), one of its "
+            "model families (whisper.WhisperEncoder), or package.module.Class"
         ) from error
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
         raise InputError(f"{where}: {name} is not a PreTrainedModel class")

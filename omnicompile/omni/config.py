@@ -18,9 +18,9 @@ class PartConfig(PretrainedConfig):
     """One modality.
 
     name: of the modality. tower_class: the model that is adapted (see `find_class`). tower: its configuration.
-    arguments: further ones for its constructor. token_id / start_token_id / end_token_id: of the placeholder that stands
-    for one of its features in the text, and of the tokens around an item. input: shape of one item, numbers or fields of
-    `tower`; [] where items are packed. freeze: "all", "none" or the tower alone ("tower").
+    arguments: further ones for its constructor. token_id / start_token_id / end_token_id: of the placeholder that
+    stands for one of its features in the text, and of the tokens around an item. input: shape of one item, numbers or
+    fields of `tower`; [] where items are packed. freeze: "all", "none" or the tower alone ("tower").
     """
 
     model_type = "omni_part"
@@ -47,10 +47,10 @@ class PartConfig(PretrainedConfig):
 class EncoderConfig(PartConfig):
     """A modality that is read.
 
-    output: path of the features in what the tower returns. width: of a feature. stack: neighbouring features that become
-    one token. projector: from there to the language model. packed: for towers that take the patches of all items in one
-    row: {row: values of a patch, patch: its side in pixels, temporal: its frames, merge: patches per side that become
-    one token, argument: name under which the tower takes the grids}.
+    output: path of the features in what the tower returns. width: of a feature. stack: neighbouring features that
+    become one token. projector: from there to the language model. packed: for towers that take the patches of all items
+    in one row: {row: values of a patch, patch: its side in pixels, temporal: its frames, merge: patches per side that
+    become one token, argument: name under which the tower takes the grids}.
     """
 
     model_type = "omni_encoder"
@@ -121,8 +121,8 @@ class OmniConfig(PretrainedConfig):
     def _part(self, prefix: str, name: str, names: list[str]) -> Any:
         if name not in names:
             raise InputError(
-                f"the model has no {prefix.strip('_')} for {name!r}, only for {', '.join(names) or 'nothing'}: add it to "
-                f"the {prefix.strip('_')}s of its configuration"
+                f"the model has no {prefix.strip('_')} for {name!r}, only for {', '.join(names) or 'nothing'}: add it "
+                f"to the {prefix.strip('_')}s of its configuration"
             )
         return getattr(self, prefix + name)
 

@@ -124,7 +124,7 @@ def _part_fields(name: str, fields: Any, prefix: str, tokens: Mapping[str, int],
     find_class(fields["class"], where)
     if not fields.get("packed") and not fields.get("input"):
         raise InputError(f"{where}: give the shape of one item as input, or packed")
-    result = {_RENAMED.get(key, key): value for key, value in fields.items() if key not in _TOKENS}
+    result: dict[str, Any] = {str(_RENAMED.get(key, key)): value for key, value in fields.items() if key not in _TOKENS}
     for field, target in _TOKENS.items():
         if fields[field] not in tokens:
             raise InputError(f"{where}: special_tokens gives no id for {fields[field]}")

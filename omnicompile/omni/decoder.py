@@ -47,7 +47,7 @@ class DiscreteDecoder(ModalityPart):
             found = torch.stack(list(found))
         return found.reshape(values.shape[0], -1)
 
-    def lm_encode(self, values: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+    def lm_encode(self, values: Tensor, grid: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """values: raw [items, *shape of one], or codes [items, codes of one]. Returns the inputs for the places of the
         codes [codes of all items, hidden], and the codes [codes of all items]."""
         codes = self.tokenize(values) if values.is_floating_point() else values

@@ -43,8 +43,8 @@ class Encoder(ModalityPart):
         features: Tensor = follow(output, config.output, f"encoder {config.name}")
         if features.shape[-1] != self.width:
             raise InputError(
-                f"encoder {config.name}: its features are {features.shape[-1]} wide, the projector takes {self.width}: set "
-                "width to the field of its configuration that says how wide they are"
+                f"encoder {config.name}: its features are {features.shape[-1]} wide, the projector takes {self.width}: "
+                "set width to the field of its configuration that says how wide they are"
             )
         if config.stack > 1:
             features = self._stacked(features)

@@ -19,6 +19,7 @@ from omnicompile.omni.classes import import_class
 from omnicompile.omni.config import DECODER, ENCODER, DecoderConfig, OmniConfig
 from omnicompile.omni.decoder import IGNORE, DiscreteDecoder
 from omnicompile.omni.encoder import Encoder
+from omnicompile.omni.generation import Generated, generate
 from omnicompile.omni.parts import ModalityPart, hidden_size
 
 TEXT = "text"
@@ -62,6 +63,17 @@ class OmniModel(PreTrainedModel):
         for part in self.parts().values():
             part.freeze()
             _check_tokens(part, vocabulary)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As of any Hugging Face model; what the configuration freezes is frozen, which loading forgets."""
+        found = super().from_pretrained(*args, **kwargs)
+        model = found[0] if isinstance(found, tuple) else found
+        with torch.device("meta"):
+            trained = {name: p.requires_grad for name, p in cls(model.config).named_parameters()}
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trained[name])
+        return found
 
     def parts(self) -> dict[str, ModalityPart]:
         """Encoders and decoders by the names of their modules."""
@@ -175,6 +187,12 @@ class OmniModel(PreTrainedModel):
         parts = [loss if (w := self.loss_weight(name)) == 1.0 else loss * w for name, loss in losses.items()]
         return sum(parts[1:], parts[0])
 
+    def generate(
+        self, input_ids: Tensor, max_new_tokens: int = 64, temperature: float = 0.0, **features: Any
+    ) -> Generated:
+        """Continue the rows of `input_ids`, of equal length, with text and items of decoders; see generation.py."""
+        return generate(self, input_ids, max_new_tokens, temperature, features)
+
     def input_constraints(self) -> InputConstraints:
         """What planning must know of the sizes that the parts take."""
         return inputs.input_constraints(self)
@@ -199,8 +217,8 @@ def _check_tokens(part: ModalityPart, vocabulary: int) -> None:
         value = vars(part.config)[field]
         if not 0 <= value < vocabulary:
             raise InputError(
-                f"{part.config.name}: {field} is {value}, but the language model has {vocabulary} tokens: add the special "
-                "tokens to its vocabulary"
+                f"{part.config.name}: {field} is {value}, but the language model has {vocabulary} tokens: add the "
+                "special tokens to its vocabulary"
             )
 
 

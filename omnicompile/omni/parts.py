@@ -24,7 +24,7 @@ class ModalityPart(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
-    def lm_encode(self, values: Tensor, **metadata: Any) -> Any:
+    def lm_encode(self, values: Tensor, grid: Tensor | None = None) -> Any:
         """What takes the places of this modality's placeholders in the language model's input."""
         raise NotImplementedError
 
@@ -63,7 +63,8 @@ def make_projector(kind: str, width: int, hidden: int, where: str) -> nn.Module:
         raise InputError(f"{where}: the projector must be one of {', '.join(PROJECTORS)}, got {kind!r}")
     if width != hidden:
         raise InputError(
-            f"{where}: features of width {width} do not match the language model's {hidden}: use projector mlp or linear"
+            f"{where}: features of width {width} do not match the language model's {hidden}: use projector mlp or "
+            "linear"
         )
     return nn.Identity()
 
