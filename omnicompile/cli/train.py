@@ -6,6 +6,7 @@ import argparse
 import gc
 import os
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -165,7 +166,7 @@ def _launch(args: argparse.Namespace, processes: int) -> int:
     from omnicompile.train.launch import Job, launch
 
     job = Job(processes, args.nnodes, args.node_rank, args.rdzv_endpoint, args.rdzv_id)
-    cause = launch(job, args.command_line)
+    cause = launch(job, args.command_line, args.debug)
     if cause is None:
         return 0
     if cause.text:
@@ -179,14 +180,18 @@ def _worker(args: argparse.Namespace) -> int:
 
     if FOLDER not in os.environ:  # started by torchrun itself
         return _train(request_of(args))
+    rank, folder = int(os.environ["RANK"]), Path(os.environ[FOLDER])
     try:
-        return _train(request_of(args))
+        code = _train(request_of(args))
     except Exception as error:
-        failure = RankFailure.of(int(os.environ["RANK"]), error)
-        failure.save(Path(os.environ[FOLDER]))
+        failure = RankFailure.of(rank, error)
+        failure.save(folder)
         if args.debug:
             traceback.print_exc()
         return failure.code
+    if code:  # ended by a signal
+        RankFailure(rank, code, "", False, time.time()).save(folder)
+    return code
 
 
 def _train(request: Request) -> int:

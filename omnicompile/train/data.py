@@ -70,10 +70,11 @@ def load_data_options(given: str) -> DataOptions:
 
 @dataclass(frozen=True)
 class Data:
-    """An opened source with what packs it. group: gloo, of all ranks; None for one process."""
+    """An opened source with what packs it. processor: what the encoder is made of."""
 
     options: DataOptions
     source: Source
+    processor: Any
     encoder: Any
     budget: Budget
 
@@ -81,6 +82,7 @@ class Data:
         self, model: nn.Module, plan: Plan, data_rank: int, seed: int, epochs: int | None, shuffle: bool = True,
         group: dist.ProcessGroup | None = None,
     ) -> PackedLoader:  # fmt: skip
+        """group: gloo, of all ranks; None for one process."""
         options = self.options
         return make_loader(
             self.source, self.encoder, model, self.budget, plan.accumulation * plan.mesh.data_ranks,
@@ -102,9 +104,10 @@ def open_data(given: str, processor: Callable[[], Any], model: nn.Module, plan: 
     """
     options = load_data_options(given)
     source = open_source(options.source[0] if len(options.source) == 1 else list(options.source))
-    encoder = _encoder(processor(), options)
+    made = processor()
+    encoder = _encoder(made, options)
     budget = _budget(options, source, encoder, model, plan) if like is None else like.budget
-    return Data(options, source, encoder, budget)
+    return Data(options, source, made, encoder, budget)
 
 
 def _encoder(made: Any, options: DataOptions) -> Any:

@@ -17,8 +17,8 @@ FOLDER = "OMNICOMPILE_FAILURES"
 
 @dataclass(frozen=True)
 class RankFailure:
-    """code: of the process. told: one line. follows: it is the echo of another rank's failure. moment: in seconds of
-    the host's clock."""
+    """code: of the process. told: one line; "" for a rank that a signal has ended as it should. follows: it is the echo
+    of another rank's failure. moment: in seconds of the host's clock."""
 
     rank: int
     code: int
@@ -55,8 +55,10 @@ def cause_of(told: list[RankFailure], codes: Mapping[int, tuple[int, int]]) -> C
     A rank that was killed by a signal comes first, then the first error that is no echo of another's.
     """
     killed = [(rank, -code, pid) for rank, (code, pid) in sorted(codes.items()) if code < 0]
-    first = sorted((t for t in told if not t.follows), key=lambda t: (t.moment, t.rank))
-    if first:
+    first = sorted((t for t in told if not t.follows), key=lambda t: (not t.told, t.moment, t.rank))
+    if first and not first[0].told and not killed:
+        return Cause(first[0].code, "")
+    if first and first[0].told:
         same = sum(t.told == first[0].told for t in first)
         every = "" if same == len(first) and same > 1 else f"rank {first[0].rank}: "
         return Cause(first[0].code, f"{every}{first[0].told}")

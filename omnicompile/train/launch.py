@@ -50,16 +50,17 @@ def is_worker() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def launch(job: Job, arguments: Sequence[str]) -> Cause | None:
+def launch(job: Job, arguments: Sequence[str], debug: bool = False) -> Cause | None:
     """Run `python -m omnicompile ARGUMENTS` as every rank of this node; None when all ended well, otherwise the cause.
 
-    SIGTERM and SIGINT go on to the ranks, which have time to save a checkpoint.
+    SIGTERM and SIGINT go on to the ranks, which have time to save a checkpoint. debug: show what the launcher logs.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
 
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # pages of traces around the one cause
+    if not debug:
+        logging.disable(logging.CRITICAL)  # pages of traces around the one cause
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_GRACE))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // job.processes)))
     with tempfile.TemporaryDirectory(prefix="omnicompile-failures-") as folder:
@@ -75,6 +76,7 @@ def launch(job: Job, arguments: Sequence[str]) -> Cause | None:
             raise InputError(f"the job did not come together: {' '.join(str(error).split())}{_hint(job)}") from error
         finally:
             del os.environ[FOLDER]
+            logging.disable(logging.NOTSET)
     return None
 
 
