@@ -10,7 +10,7 @@ import argparse
 import math
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,11 @@ import yaml
 from omnicompile.capture.source import load_model_source
 from omnicompile.cluster import Cluster
 from omnicompile.errors import InputError, OmniCompileError
-from omnicompile.plan import Plan, Prediction
+from omnicompile.plan import Plan
 from omnicompile.planner.api import plan_source
 from omnicompile.recipe import dumps, load_recipe
 from omnicompile.recipes import DIRECTORY
-from omnicompile.schema import Place, decode, mapping, suggestion
+from omnicompile.schema import Place, decode, encode, mapping, suggestion
 from omnicompile.whole_file import write_whole
 from omnicompile.workload import Workload
 
@@ -86,17 +86,12 @@ def text_of(plan: Plan) -> str:
 
 def differences(committed: Plan, fresh: Plan) -> list[str]:
     """What of a committed recipe the planner would say otherwise now; [] if nothing."""
-    found = [
-        f"{f.name}: {getattr(committed, f.name)} is now {getattr(fresh, f.name)}"
-        for f in fields(Plan)
-        if f.name != "prediction" and getattr(committed, f.name) != getattr(fresh, f.name)
+    before, now = _flat(encode(committed)), _flat(encode(fresh))
+    return [
+        f"{name}: {before.get(name)} is now {now.get(name)}"
+        for name in before | now
+        if not _same(before.get(name), now.get(name))
     ]
-    before, now = _figures(committed.prediction), _figures(fresh.prediction)
-    for name in sorted(before.keys() | now.keys()):
-        old, new = before.get(name, 0.0), now.get(name, 0.0)
-        if not math.isclose(old, new, rel_tol=CLOSE):
-            found.append(f"prediction.{name}: {old:.6g} is now {new:.6g}")
-    return found
 
 
 def stale(setting: Setting) -> list[str]:
@@ -106,15 +101,21 @@ def stale(setting: Setting) -> list[str]:
     return differences(load_recipe(setting.path), planned(setting))
 
 
-def _figures(prediction: Prediction | None) -> dict[str, float]:
-    """All figures of a prediction under flat names."""
-    figures: dict[str, float] = {}
-    for f in fields(Prediction) if prediction is not None else ():
-        value = getattr(prediction, f.name)
-        figures |= (
-            {f"{f.name}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {f.name: value}
-        )
-    return figures
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    """Nested plain data under dotted names."""
+    if not isinstance(value, (dict, list)):
+        return {name: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    flat: dict[str, Any] = {}
+    for key, item in items:
+        flat |= _flat(item, f"{name}.{key}" if name else str(key))
+    return flat
+
+
+def _same(old: Any, new: Any) -> bool:
+    if isinstance(old, float) and isinstance(new, float):
+        return math.isclose(old, new, rel_tol=CLOSE)
+    return bool(old == new)
 
 
 def _lines(path: Path) -> list[Line]:
