@@ -1,4 +1,4 @@
-"""Runs of `omnicompile train` as a user starts them: recipes for the tiny model of examples/train, its data, commands."""
+"""`omnicompile train` as a user starts it: recipes for the tiny model of examples/train, its data, commands."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,3 @@ def run(recipe: Path, *options: str, seconds: float = 300) -> Ran:
         command(recipe, *options), env=environment(), capture_output=True, text=True, timeout=seconds, check=False
     )
     return Ran(done.returncode, done.stdout, done.stderr)
-
-
-def with_accumulation(found: Plan, accumulation: int) -> Plan:
-    return replace(found, accumulation=accumulation)

@@ -1,0 +1,124 @@
+"""`omnicompile train`: what is refused before anything is started, and a run from the command line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "train"))
+import runs
+
+from omnicompile.plan import Mesh
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> dict[str, str]:
+    """A recipe for one process, one for two, and a data file that exists."""
+    data = tmp_path / "train.jsonl"
+    data.write_text(json.dumps({"text": "the small red one"}) + "\n")
+    one = runs.write_recipe(tmp_path / "one.yaml", Mesh())
+    two = runs.write_recipe(tmp_path / "two.yaml", Mesh(dp_shard=2))
+    return {"one": str(one), "two": str(two), "data": str(data), "out": str(tmp_path / "out"), "here": str(tmp_path)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("{one}", "--data", "{data}"), "--out is needed"),
+        (("{one}", "--data", "{here}/none.jsonl", "--out", "{out}"), "none.jsonl does not exist"),
+        (("{here}/none.yaml", "--data", "{data}", "--out", "{out}"), "recipe"),
+        (("{one}", "--data", "{data}", "--out", "{data}"), "is a file"),
+        (("{one}", "--data", "{data}", "--out", "{out}", "--set", "step=3"), "did you mean steps?"),
+        (("{one}", "--data", "{data}", "--out", "{out}", "--steps", "0"), "steps must be at least 1"),
+        (("{one}", "--data", "{data}", "--out", "{out}", "--train", "{data}"), "train.jsonl"),
+        (("{one}", "--data", "{data}", "--out", "{out}", "--weights", "some/name"), "not downloaded"),
+        (("{one}", "--data", "{data}", "--out", "{out}", "--resume", "yes"), "auto, never, or the folder"),
+        (("{one}", "--data", "{data}", "--out", "{out}", "--profile", "0"), "--profile must be at least 1"),
+        (("{one}", "--data", "{data}", "--out", "{out}", "--set", "evaluation.data=x.jsonl"), "x.jsonl does not exist"),
+        (("{two}", "--data", "{data}", "--out", "{out}", "--nproc", "3"), "for 2 processes, and --nproc 3 makes 3"),
+        (("{two}", "--data", "{data}", "--out", "{out}", "--nnodes", "2"), "needs --rdzv-endpoint"),
+        (("{two}", "--data", "{data}", "--out", "{out}", "--nnodes", "3", "--rdzv-endpoint", "a:1"), "share evenly"),
+        (("{one}", "--data", "{here}", "--out", "{out}"), "no folder that `datasets` saved"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line_and_code_2(
+    run: Callable[..., Any], files: dict[str, str], arguments: tuple[str, ...], said: str
+) -> None:
+    outcome = run("train", *(part.format(**files) for part in arguments), "--device", "cpu")
+    assert outcome.code == 2, outcome
+    assert said in outcome.err and outcome.err.count("\n") == 1 and outcome.err.startswith("error: ")
+
+
+def test_wandb_is_asked_for_without_the_package(
+    run: Callable[..., Any], files: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import omnicompile.train.run as module
+
+    monkeypatch.setattr(module, "find_spec", lambda name: None if name == "wandb" else object())
+    outcome = run("train", files["one"], "--data", files["data"], "--out", files["out"], "--wandb", "mine")
+    assert outcome.code == 2 and "pip install wandb" in outcome.err
+
+
+def test_help_teaches_with_examples(run: Callable[..., Any]) -> None:
+    outcome = run("train", "--help")
+    assert outcome.code == 0
+    for part in ("--dry-run", "--rdzv-endpoint node-0:29500", "train.yaml", "schedule:", "SIGTERM", "slurm_train.sh"):
+        assert part in outcome.out
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return runs.make_data(tmp_path_factory.mktemp("data"), 60)
+
+
+@pytest.mark.slow
+def test_a_run_on_one_process_says_what_it_does_and_goes_on(
+    run: Callable[..., Any], files: dict[str, str], data: Path, tmp_path: Path
+) -> None:
+    common = ("--data", str(data), "--out", files["out"], "--device", "cpu", "--json", "--tensorboard")
+    more = (
+        "--set", "log_samples=true", "--set", f"evaluation={{data: {data.parent}/eval.jsonl, every: 2, steps: 1}}",
+    )  # fmt: skip
+    first = run("train", files["one"], *common, *more, "--steps", "3", "--profile", "2")
+    assert first.code == 0, first.err
+    events = [json.loads(line) for line in first.out.splitlines()]
+    assert [e["event"] for e in events] == [
+        "start", "step", "profile", "step", "evaluation", "step", "evaluation", "checkpoint", "end",
+    ]  # fmt: skip
+    out = Path(files["out"])
+    assert (out / "profile" / "step-2.json").exists() and list((out / "tensorboard").iterdir())
+    exported = tmp_path / "model"
+    second = run("train", files["one"], *common, *more, "--steps", "5", "--export", str(exported))
+    assert second.code == 0, second.err
+    events = [json.loads(line) for line in second.out.splitlines()]
+    assert [e["step"] for e in events if e["event"] == "step"] == [4, 5]
+    assert [e["event"] for e in events][1] == "resumed" and (exported / "config.json").exists()
+    lines = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    keys = [tuple(key) for line in lines for key in line["samples"]]
+    assert len(set(keys)) == len(keys)
+    never = run("train", files["one"], *common, "--steps", "9", "--resume", "never")
+    assert never.code == 2 and "has a checkpoint of step 5" in never.err
+    (next((out / "checkpoints").glob("step-00000005*")) / "manifest.json").write_text("{}")
+    broken = run("train", files["one"], *common, "--steps", "9", "--resume", str(out))
+    assert broken.code in (0, 2)
+    other = tmp_path / "other.py"
+    other.write_text((runs.EXAMPLE / "tiny_vl.py").read_text().replace('"hidden_size": 64', '"hidden_size": 32', 1))
+    foreign = run("train", files["one"], "--model", str(other), *common, "--steps", "9")
+    assert foreign.code == 2, foreign
+
+
+@pytest.mark.slow
+def test_a_dry_run_trains_nothing(run: Callable[..., Any], files: dict[str, str], data: Path) -> None:
+    outcome = run("train", files["two"], "--data", str(data), "--dry-run", "--device", "cpu")
+    assert outcome.code == 0, outcome.err
+    for part in ("nothing was trained", "127 K parameters", "60 samples", "of tokens", "by the cost model"):
+        assert part in outcome.out
+    assert not Path(files["out"]).exists()
+    view = json.loads(run("train", files["two"], "--data", str(data), "--dry-run", "--json", "--device", "cpu").out)
+    assert view["budget"]["tokens"] == runs.TOKENS and 0.5 < view["fill"]["tokens"] <= 1
