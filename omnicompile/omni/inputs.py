@@ -14,6 +14,7 @@ from omnicompile.capture.inputs.types import (
     ImageConstraints,
     InputConstraints,
     InputRequest,
+    Placeholder,
     TextTooShort,
 )
 from omnicompile.capture.regions import modality_of_input
@@ -95,6 +96,21 @@ def example_inputs(model: OmniModel, request: InputRequest) -> ExampleInputs:
         frames_per_clip=request.audio_frames or 0,
         tokens_per_clip=sum(o.tokens + 2 for o in audio),
     )
+
+
+def placeholders(model: OmniModel) -> dict[str, Placeholder]:
+    """What stands in the text for the items of each argument of the forward."""
+    found = {}
+    for name in model.config.encoders or []:
+        encoder = model.encoder(name)
+        placeholder = Placeholder(encoder.config.token_id)
+        if encoder.config.packed:
+            placeholder = Placeholder(encoder.config.token_id, f"{name}_grid_thw", encoder.packing()["merge"])
+        found[f"{name}_values"] = placeholder
+    for name in model.config.decoders or []:
+        token = model.decoder(name).config.token_id
+        found |= {f"output_{name}_{kind}": Placeholder(token) for kind in ("values", "ids")}
+    return found
 
 
 def _token_ids(part: ModalityPart) -> tuple[int, int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from omnicompile.capture.inputs.types import ExampleInputs, InputConstraints, InputRequest
+from omnicompile.capture.inputs.types import ExampleInputs, InputConstraints, InputRequest, Placeholder
 from omnicompile.errors import InputError
 from omnicompile.omni import inputs
 from omnicompile.omni.classes import import_class
@@ -183,6 +183,13 @@ class OmniModel(PreTrainedModel):
     def loss_weight(self, name: str) -> float:
         return self.config.text_loss_weight if name == TEXT else self.config.decoder(name).loss_weight
 
+    def target_counts(self, batch: Mapping[str, Any]) -> dict[str, int]:
+        """How many targets each loss has in a batch."""
+        labels = batch["labels"]
+        counts = {n: int((labels == self.config.decoder(n).token_id).sum()) for n in self.config.decoders or []}
+        text = int((self._text_labels(labels)[..., 1:] != IGNORE).sum())
+        return {TEXT: text} | counts
+
     def _sum(self, losses: dict[str, Tensor]) -> Tensor:
         parts = [loss if (w := self.loss_weight(name)) == 1.0 else loss * w for name, loss in losses.items()]
         return sum(parts[1:], parts[0])
@@ -192,6 +199,10 @@ class OmniModel(PreTrainedModel):
     ) -> Generated:
         """Continue the rows of `input_ids`, of equal length, with text and items of decoders; see generation.py."""
         return generate(self, input_ids, max_new_tokens, temperature, features)
+
+    def placeholders(self) -> dict[str, Placeholder]:
+        """What stands in the text for the items of each argument."""
+        return inputs.placeholders(self)
 
     def input_constraints(self) -> InputConstraints:
         """What planning must know of the sizes that the parts take."""

@@ -1,9 +1,10 @@
 """Fill a batch up to the budget that the graph was captured for.
 
-What is missing is filled by a padding segment at the end of the last row: text tokens, and one dummy image with its
-placeholder tokens. Attention is causal and images attend to themselves only, so nothing before the padding sees it, and
-its labels are ignored: it changes neither the loss nor a gradient. So every rank runs the same graph, and issues the
-same collectives, also when its batch has no image at all.
+What is missing is filled by a padding segment at the end of the last row: text tokens, and dummy items with their
+placeholder tokens: one image for all missing patches, and one for each item of fixed size. Attention is causal and
+images attend to themselves only, so nothing before the padding sees it, and its labels are ignored: it changes neither
+the loss nor a gradient. So every rank runs the same graph, and issues the same collectives, also when its batch has no
+image at all.
 
 Where whole images are dealt out to the ranks of a group (layout "images"), each of them has an equal part of the
 patches, and one dummy image for what is missing from it.
@@ -18,8 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from omnicompile.capture.inputs.facts import Facts, first_value, placeholder_id
+from omnicompile.capture.inputs.facts import Facts, first_value
+from omnicompile.capture.inputs.types import Placeholder
 from omnicompile.errors import CaptureError, InputError
+from omnicompile.runtime.fixed_items import FixedItems, fixed_items, placeholders
 from omnicompile.runtime.packing import Dealing, pack, with_spans
 
 IGNORE = -100
@@ -30,14 +33,16 @@ _PIXELS, _GRID, _KINDS = "pixel_values", "image_grid_thw", "mm_token_type_ids"
 class PackedImages:
     """Images given as rows of patches with their grids. patches: of the budget. width: values per patch. merge: patches
     per side that become one token. token: id of the placeholder. dtype / kinds_dtype: of the patches, and of the tensor
-    that marks placeholders in the text."""
+    that marks placeholders in the text (None: there is none). pixels / grid: names of the batch's tensors."""
 
     patches: int
     width: int
     merge: int
     token: int
     dtype: torch.dtype
-    kinds_dtype: torch.dtype = torch.int64
+    kinds_dtype: torch.dtype | None = torch.int64
+    pixels: str = _PIXELS
+    grid: str = _GRID
 
     def tokens(self, patches: int) -> int:
         return patches // self.merge**2
@@ -64,34 +69,32 @@ class Filled:
 @dataclass(frozen=True)
 class Budget:
     """What every micro-batch is filled up to. length: tokens per row. images: None without packed images. ranks: that
-    whole images are dealt out to."""
+    whole images are dealt out to. items: of fixed size."""
 
     length: int | None
     images: PackedImages | None
     ranks: int = 1
+    items: tuple[FixedItems, ...] = ()
 
     @staticmethod
     def of(model: nn.Module, example: Mapping[str, Any], ranks: int = 1) -> Budget:
         """The budget that `example` has. Raises InputError where its patches cannot be dealt out to `ranks` ranks."""
         ids = example.get("input_ids")
         length = ids.shape[1] if isinstance(ids, Tensor) and ids.dim() == 2 else None
-        pixels = example.get(_PIXELS)
-        if length is None or not isinstance(pixels, Tensor) or _GRID not in example or pixels.dim() != 2:
-            return Budget(length, None)
-        facts = Facts.of(model)
-        merge = first_value(facts.image_configs, "spatial_merge_size", "merge_size")
-        token = placeholder_id(facts, "image")
-        if merge is None or token is None:
-            raise CaptureError("the configuration names no image placeholder token, so batches cannot be filled up")
-        kinds = example[_KINDS].dtype if _KINDS in example else torch.int64
-        unit = ranks * int(merge) ** 2
-        if pixels.shape[0] % unit:
+        if length is None:
+            return Budget(None, None)
+        known = placeholders(model)
+        images = _packed_images(model, example, known)
+        items = fixed_items(example, known, () if images is None else (images.pixels,))
+        if images is None:
+            return Budget(length, None, items=items)
+        unit = ranks * images.merge**2
+        if images.patches % unit:
             raise InputError(
-                f"layout 'images' over sp={ranks} deals out patches in parts that are multiples of {int(merge) ** 2}, "
-                f"but the budget has {pixels.shape[0]}: make it {-(-pixels.shape[0] // unit) * unit}"
+                f"layout 'images' over sp={ranks} deals out patches in parts that are multiples of {images.merge**2}, "
+                f"but the budget has {images.patches}: make it {-(-images.patches // unit) * unit}"
             )
-        images = PackedImages(pixels.shape[0], pixels.shape[1], int(merge), token, pixels.dtype, kinds)
-        return Budget(length, images, ranks)
+        return Budget(length, images, ranks, items)
 
     def fill(self, batch: Mapping[str, Any]) -> Filled:
         """`batch` at the size of the budget. Raises InputError when it is larger, leaves no room for the padding, or
@@ -101,8 +104,14 @@ class Budget:
         ids = filled.get("input_ids")
         if self.length is None or not isinstance(ids, Tensor):
             return Filled(filled)
-        missing = 0 if self.images is None else self.images.patches - _rows(filled.get(_PIXELS))
+        missing = 0 if self.images is None else self.images.patches - _rows(filled.get(self.images.pixels))
         room = self.length - ids.shape[1]
+        for item in self.items:
+            if item.missing(filled) < 0:
+                raise InputError(
+                    f"the batch has {_rows(filled[item.name])} items in {item.name}, the budget {item.count}: pack "
+                    "less into a micro-batch, or plan a larger budget"
+                )
         if room < 0 or missing < 0:
             raise InputError(
                 f"the batch is {'longer' if room < 0 else 'larger in patches'} than the budget: {ids.shape[1]} of "
@@ -110,16 +119,36 @@ class Budget:
             )
         if room:
             self._fill_text(filled, room)
+        taken = self._fill_items(filled, room)
         if self.images is None:
             return Filled(filled)
         if self.ranks == 1:
-            _fill_images(filled, self.images, [missing] if missing else [], room)
+            _fill_images(filled, self.images, [missing] if missing else [], room - taken, taken)
             return Filled(filled)
-        return self._deal(filled, self.images, room)
+        return self._deal(filled, self.images, room - taken, taken)
 
-    def _deal(self, batch: dict[str, Any], images: PackedImages, room: int) -> Filled:
+    def _fill_items(self, batch: dict[str, Any], room: int) -> int:
+        """Dummy items of fixed size at the end of the last row, one padding token before each. Returns how many of the
+        `room` padding tokens they take."""
+        taken = 0
+        for item in self.items:
+            missing = item.missing(batch)
+            if not missing:
+                continue
+            need = missing * (item.tokens + 1)
+            if taken + need > room:
+                raise InputError(
+                    f"{missing} items of {item.name} are missing from the budget, whose {need} tokens do not fit into "
+                    f"the {room - taken} left: leave room for {item.tokens + 1} tokens for each that may be missing"
+                )
+            batch[item.name] = item.extended(batch.get(item.name), missing)
+            batch["input_ids"] = _with_tail(batch["input_ids"], [item.tokens] * missing, item.token, taken)
+            taken += need
+        return taken
+
+    def _deal(self, batch: dict[str, Any], images: PackedImages, room: int, taken: int) -> Filled:
         """Fill up each rank's part."""
-        grid = batch.get(_GRID)
+        grid = batch.get(images.grid)
         sizes = [] if grid is None else grid.prod(-1).tolist()
         capacity = images.patches // self.ranks
         by_rank = pack(sizes, self.ranks, capacity)
@@ -135,13 +164,13 @@ class Budget:
         dummies = iter(range(len(sizes), len(sizes) + self.ranks))
         by_rank = [[*mine, next(dummies)] if short else mine for mine, short in zip(by_rank, missing)]
         missing = [short for short in missing if short]
-        _fill_images(batch, images, missing, room)
+        _fill_images(batch, images, missing, room, taken)
         return Filled(batch, Dealing.of(by_rank, [*sizes, *missing]))
 
     def dealt(self, filled: Filled) -> dict[str, Any]:
         """The batch as the encoder takes it: images in the order of the ranks that work on them."""
         assert filled.dealing is not None and self.images is not None
-        batch = filled.dealing.dealt(filled.batch, _PIXELS, _GRID)
+        batch = filled.dealing.dealt(filled.batch, self.images.pixels, self.images.grid)
         if _KINDS not in batch:
             return batch
         lengths = [self.images.tokens(filled.dealing.sizes[image]) for image in filled.dealing.order]
@@ -151,8 +180,11 @@ class Budget:
         """Lengthen everything that runs along the tokens."""
         rows, length = batch["input_ids"].shape
         fills = {"labels": IGNORE, "attention_mask": 1}
+        items = {item.name for item in self.items}
         for name, value in batch.items():
             if not isinstance(value, Tensor) or value.is_floating_point() or value.shape[-1:] != (length,):
+                continue
+            if name in items:
                 continue
             if name == "position_ids":
                 last = value[..., -1:] + torch.arange(1, room + 1)
@@ -162,13 +194,35 @@ class Budget:
                 batch[name] = torch.cat([value, tail], -1)
 
 
+def _packed_images(
+    model: nn.Module, example: Mapping[str, Any], known: Mapping[str, Placeholder]
+) -> PackedImages | None:
+    """The images of `example`, if they are packed."""
+    for name, placeholder in known.items():
+        if placeholder.grid and placeholder.grid in example:
+            values: Tensor = example[name]
+            return PackedImages(
+                values.shape[0], values.shape[1], placeholder.merge, placeholder.token, values.dtype, None, name,
+                placeholder.grid,
+            )  # fmt: skip
+    pixels = example.get(_PIXELS)
+    if not isinstance(pixels, Tensor) or _GRID not in example or pixels.dim() != 2:
+        return None
+    facts = Facts.of(model)
+    merge, token = first_value(facts.image_configs, "spatial_merge_size", "merge_size"), known.get(_PIXELS)
+    if merge is None or token is None:
+        raise CaptureError("the configuration names no image placeholder token, so batches cannot be filled up")
+    kinds = example[_KINDS].dtype if _KINDS in example else torch.int64
+    return PackedImages(pixels.shape[0], pixels.shape[1], int(merge), token.token, pixels.dtype, kinds)
+
+
 def _rows(value: Any) -> int:
     return value.shape[0] if isinstance(value, Tensor) else 0
 
 
-def _fill_images(batch: dict[str, Any], images: PackedImages, missing: list[int], room: int) -> None:
-    """Dummy images of `missing` patches at the end of the last row, where `room` padding tokens already are; one
-    padding token before each."""
+def _fill_images(batch: dict[str, Any], images: PackedImages, missing: list[int], room: int, taken: int) -> None:
+    """Dummy images of `missing` patches at the end of the last row, where `room` padding tokens already are before
+    `taken` others; one padding token before each."""
     counts = [images.tokens(patches) for patches in missing]
     if not missing:
         return
@@ -181,18 +235,21 @@ def _fill_images(batch: dict[str, Any], images: PackedImages, missing: list[int]
         )
     grids = torch.tensor([[1, *images.dummy_grid(patches)] for patches in missing], dtype=torch.int64)
     pixels = torch.zeros(sum(missing), images.width, dtype=images.dtype)
-    batch[_GRID] = torch.cat([batch[_GRID].cpu(), grids]) if batch.get(_GRID) is not None else grids
-    have = batch.get(_PIXELS)
-    batch[_PIXELS] = pixels if have is None else torch.cat([have, pixels.to(have.device, have.dtype)])
-    batch["input_ids"] = _with_tail(batch["input_ids"], counts, images.token)
+    grid, have = batch.get(images.grid), batch.get(images.pixels)
+    batch[images.grid] = grids if grid is None else torch.cat([grid.cpu(), grids])
+    batch[images.pixels] = pixels if have is None else torch.cat([have, pixels.to(have.device, have.dtype)])
+    batch["input_ids"] = _with_tail(batch["input_ids"], counts, images.token, taken)
+    if images.kinds_dtype is None:
+        return
     kinds = batch.get(_KINDS)
     kinds = torch.zeros_like(batch["input_ids"], dtype=images.kinds_dtype) if kinds is None else kinds
-    batch[_KINDS] = _with_tail(kinds, counts, 1)
+    batch[_KINDS] = _with_tail(kinds, counts, 1, taken)
 
 
-def _with_tail(value: Tensor, counts: list[int], fill: int) -> Tensor:
-    """The last values of the last row set to `fill`, in runs of `counts` with one left alone between them."""
-    value, end = value.clone(), value.shape[1]
+def _with_tail(value: Tensor, counts: list[int], fill: int, taken: int = 0) -> Tensor:
+    """The last values of the last row but for `taken` set to `fill`, in runs of `counts` with one left alone between
+    them."""
+    value, end = value.clone(), value.shape[1] - taken
     for count in reversed(counts):
         value[-1, end - count : end] = fill
         end -= count + 1

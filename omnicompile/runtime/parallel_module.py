@@ -22,6 +22,7 @@ from omnicompile.runtime.engine import LABELS, Engine, LoadedProgram, batch_sign
 from omnicompile.runtime.packing import dealt_values
 from omnicompile.runtime.parameters import ParameterStore, add_parameter, clip_grad_norm
 from omnicompile.runtime.state import State
+from omnicompile.runtime.targets import TargetCount
 from omnicompile.runtime.weights import Values
 
 
@@ -32,17 +33,6 @@ class Window:
 
     last: bool = True
     targets: tuple[int, ...] | None = None
-
-
-class TargetCount(int):
-    """Target tokens of all losses together. by_loss: of each, where a model has several."""
-
-    by_loss: tuple[int, ...]
-
-    def __new__(cls, by_loss: Sequence[int]) -> TargetCount:
-        count = super().__new__(cls, sum(by_loss))
-        count.by_loss = tuple(by_loss)
-        return count
 
 
 class Output:

@@ -8,6 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from omnicompile.errors import InputError
+from omnicompile.runtime.targets import SeveralLosses, TargetCount
+
 IGNORE = -100
 
 
@@ -25,8 +28,18 @@ class PlainModule(nn.Module):
 
     def forward(self, **batch: Any) -> Any:
         output = self._model[0](**batch)
-        if self._targets is not None:
+        if self._targets is None:
+            return output
+        if not isinstance(self._model[0], SeveralLosses):
             output.loss = output.loss * (_targets(batch) / self._targets)
+            return output
+        if not isinstance(self._targets, TargetCount):
+            raise InputError("the model has several losses: give `targets` what count_targets returns")
+        counts = self._model[0].target_counts(batch)
+        whole = dict(zip(counts, self._targets.by_loss))
+        shares = {n: loss * (counts[n] / max(1, whole[n])) for n, loss in output.losses.items()}
+        output.losses = shares
+        output.loss = sum(share * self._model[0].loss_weight(name) for name, share in shares.items())
         return output
 
     def train(self, mode: bool = True) -> PlainModule:
@@ -34,12 +47,16 @@ class PlainModule(nn.Module):
         self._model[0].train(mode)
         return self
 
-    def count_targets(self, batches: Sequence[Mapping[str, Any]]) -> int:
-        return sum(map(_targets, batches))
+    def count_targets(self, batches: Sequence[Mapping[str, Any]]) -> TargetCount:
+        model = self._model[0]
+        if isinstance(model, SeveralLosses):
+            return TargetCount([sum(c) for c in zip(*(model.target_counts(batch).values() for batch in batches))])
+        return TargetCount([sum(map(_targets, batches))])
 
     @contextlib.contextmanager
     def accumulate(self, last: bool, targets: int | None = None) -> Iterator[None]:
-        """As ParallelModule's; the model's loss must be the mean over the targets in `labels`, shifted by one."""
+        """As ParallelModule's; the model's loss must be the mean over the targets in `labels`, shifted by one, or a sum
+        of several that it can count (`SeveralLosses`)."""
         before, self._targets = self._targets, targets
         try:
             yield

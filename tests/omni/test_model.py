@@ -13,6 +13,7 @@ from omni_models import EXAMPLES, MODELS, batch, processor, samples, tiny, token
 from omnicompile import omni
 from omnicompile.errors import InputError
 from omnicompile.omni import Item, OmniModel, Text
+from omnicompile.runtime.plain_module import PlainModule
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -177,3 +178,22 @@ def test_samples_that_are_read_and_produced_in_any_order() -> None:
     assert sorted(forward["input_ids"][0].tolist()) == sorted(backward["input_ids"][0].tolist())
     assert forward["labels"].ne(-100).sum() == backward["labels"].ne(-100).sum()
     assert model(**backward).loss.isfinite()
+
+
+def test_micro_steps_of_one_process_add_up_to_the_joined_batch() -> None:
+    model = tiny("janus_tiny")
+    module = PlainModule(model)
+    micro = [batch(model, 0), batch(model, 1, produced=False)]
+    targets = module.count_targets(micro)
+    drawn = 16  # codes, all in the first micro-batch
+    counts = [int((b["labels"][:, 1:] != -100).sum()) for b in micro]
+    assert targets.by_loss == (sum(counts) - drawn, drawn)
+    total = 0.0
+    for given in micro:
+        with module.accumulate(last=True, targets=targets):
+            total += module(**given).loss
+    first, second = model(**micro[0]).losses, model(**micro[1]).losses
+    text = (first["text"] * (counts[0] - drawn) + second["text"] * counts[1]) / (sum(counts) - drawn)
+    torch.testing.assert_close(total, text + first["image"])
+    with module.accumulate(last=True, targets=5), pytest.raises(InputError, match="several losses"):
+        module(**micro[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -142,6 +143,16 @@ class ExampleInputs:
     fixed_tokens_per_image: int = 0
 
 
+@dataclass(frozen=True)
+class Placeholder:
+    """What stands in the text for the items of one of the forward's arguments. token: its id. grid: the argument with
+    the grids [items, 3] of packed items, "" where items have one size. merge: patches per side that become a token."""
+
+    token: int
+    grid: str = ""
+    merge: int = 1
+
+
 @runtime_checkable
 class StatesInputs(Protocol):
     """A model that says itself what its forward takes, instead of leaving it to names in its configuration."""
@@ -151,3 +162,6 @@ class StatesInputs(Protocol):
 
     def example_inputs(self, request: InputRequest) -> ExampleInputs:
         """Arguments with exactly these numbers. Raises TextTooShort where the text row cannot hold the placeholders."""
+
+    def placeholders(self) -> Mapping[str, Placeholder]:
+        """By the argument that holds the items."""
