@@ -31,7 +31,10 @@ PARAMETERS = {
     "qwen3_omni_30b_a3b": 31_719_205_488,
     "omni_moe_30b_a3b": 31_838_483_456,
 }
-SPECS = sorted({setting.model for setting in SETTINGS.values()})
+SPECS = [
+    pytest.param(spec, marks=pytest.mark.slow if "deepseek" in spec else ())  # built expert by expert
+    for spec in sorted({setting.model for setting in SETTINGS.values()})
+]
 
 
 def test_there_is_one_file_for_every_setting_and_no_other() -> None:
