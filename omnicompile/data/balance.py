@@ -19,6 +19,7 @@ from omnicompile.data.packing import Pack
 
 _SCALE = 1 << 10
 _ROUNDS = 2  # exchanges in one step, for each pack
+_PARTNERS = 16  # packs, the cheapest first, that the costliest one may exchange with
 _LARGEST, _SUBSETS = 3, 200  # items that change places at once, and ways to choose them that are looked at
 
 
@@ -58,7 +59,7 @@ def exchange(packs: Sequence[Pack], weights: Weights, budget: Budget) -> list[Pa
     for _ in range(_ROUNDS * len(result)):
         order = sorted(range(len(result)), key=lambda i: (-int(result[i].load[0]), i))
         high = order[0]
-        for low in reversed(order[1:]):
+        for low in list(reversed(order[1:]))[:_PARTNERS]:
             better = _improved(result[high], result[low], means)
             if better is not None:
                 result[high], result[low] = (_Counted.of(pack, weights, budget) for pack in better)

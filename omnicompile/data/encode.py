@@ -158,7 +158,7 @@ class ProcessorEncoder:
             spans = []
             for number, message in enumerate(messages):
                 if message["role"] == "assistant":
-                    before = self._template(messages[:number], prompt=True)
+                    before = self._template(messages[:number], prompt=True) if number else ""
                     spans.append((before, self._template(messages[: number + 1], prompt=False)))
         except ValueError as error:  # no chat template at all
             raise InputError(f"conversations need a chat template: {error}") from error

@@ -106,7 +106,8 @@ def _best_filling(
         return None
     waste = _waste(gap - needs[fits], room)
     order = np.argsort(waste, kind="stable")
-    best, items = int(waste[order[0]]), (int(fits[order[0]]),)
+    best = int(waste[order[0]])
+    items: tuple[int, ...] = (int(fits[order[0]]),)
     for first in fits[order[:_ROUNDS]]:
         rest = gap - needs[first]
         seconds = fits[(needs[fits] <= rest).all(1) & (fits != first)]

@@ -71,7 +71,7 @@ class Reader(Dataset[Read]):
             log.exception("the encoder failed on %s", self.source.where(number))
             return Read(error=f"the encoder failed: {type(error).__name__}: {error}")
         encoded = Encoded.of(given)
-        parts = (encoded,)
+        parts: tuple[Encoded, ...] = (encoded,)
         if not self.budget.holds(encoded.size):
             if self.over_long is not Policy.SPLIT:
                 return Read(long=self.budget.excess(encoded.size))

@@ -49,7 +49,7 @@ def to_sample(record: Mapping[str, Any], kind: str, where: str) -> Sample:
         raise InputError(
             f"{where}: mixed schema, this sample has no `{kind}`, which the first sample has: use one form"
         )
-    media = {name: _media(record, names) for name, names in _MEDIA.items()}
+    media: dict[str, Any] = {name: _media(record, names) for name, names in _MEDIA.items()}
     if kind == "text":
         text = record["text"]
         if not isinstance(text, str) or not text:

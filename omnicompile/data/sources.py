@@ -26,7 +26,8 @@ _EXTENSIONS = {
 class Source(Protocol):
     """Records by number. fingerprint: the same for the same records in the same order, as far as is cheap to tell."""
 
-    fingerprint: str
+    @property
+    def fingerprint(self) -> str: ...
 
     def __len__(self) -> int: ...
 
