@@ -123,7 +123,11 @@ def resume(trainer: Trainer, own: Checkpointer | None, request: Request) -> None
         _resume_from(trainer, _checkpoints_of(Path(request.resume)))
         return
     last = None if own is None else own.latest()
-    if own is None or last is None:
+    if own is None or request.checkpoints is None:
+        return
+    if last is None:
+        if any(request.checkpoints.glob("step-*")):  # damaged ones only: not to be trained over in silence
+            _resume_from(trainer, own)
         return
     if request.resume == "never":
         raise InputError(
