@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -90,24 +91,33 @@ class Checkpointer:
         writer, group = FileSystemWriter(place), self._ranks.group
         if group is None:  # as intended; the message comes up in whichever thread saves
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        size = sum(value.numel() * value.element_size() for value in tensors.values())
         if self._asynchronous and _has_host_backend():
             # Copies the tensors before it returns: training goes on while a thread writes.
             written = dcp.async_save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
             assert isinstance(written, Future)
-            return self._thread.submit(self._finish, place, manifest, written.result)
+            return self._thread.submit(self._finish, place, manifest, written.result, size)
         save = partial(dcp.save, tensors, storage_writer=writer, process_group=group, no_dist=group is None)
-        return self._thread.submit(self._finish, place, manifest, save)
+        return self._thread.submit(self._finish, place, manifest, save, size)
 
-    def _finish(self, place: Path, manifest: Manifest, written: Callable[[], Any]) -> None:
-        """Make a checkpoint of the files when all ranks have written theirs, in which `written` returns."""
-        ranks = self._ranks
+    def _finish(self, place: Path, manifest: Manifest, written: Callable[[], Any], size: int) -> None:
+        """Make a checkpoint of the files when all ranks have written theirs, in which `written` returns. size: in
+        bytes, of the whole."""
+        ranks, fault = self._ranks, ""
         try:
-            _plainly(written)
+            try:
+                _plainly(written)
+            except Exception as error:
+                fault = _fault(error, place, size)
+            if faults := [text for text in ranks.gathered(fault) if text]:
+                raise CheckpointError(faults[0])
             ranks.first(lambda: str(self._folder.commit(place, manifest)))
         except Exception as error:
             if ranks.rank == 0:
                 self._folder.discard(place)
-            raise CheckpointError(f"step {manifest.step} could not be saved to {self._folder.path}: {error}") from error
+            raise CheckpointError(
+                f"step {manifest.step} could not be saved to {self._folder.path}: {_fault(error, place, 0)}"
+            ) from error
         ranks.first(lambda: self._folder.keep(self._keep_last))
 
     def wait(self) -> None:
@@ -211,6 +221,17 @@ def _together(module: Module, what: str) -> Iterator[None]:
             yield
     else:
         yield
+
+
+def _fault(error: Exception, place: Path, size: int) -> str:
+    """In a line. size: in bytes, of what was to be written; torch does not always say that there was no room."""
+    text = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+    text = " ".join(text.split())[:300]
+    with contextlib.suppress(OSError):
+        free = shutil.disk_usage(place).free
+        if free < size:
+            return f"the disk is full: {free:,} bytes are free, the checkpoint has {size:,} ({text})"
+    return text
 
 
 def _plainly(work: Callable[[], Any]) -> None:

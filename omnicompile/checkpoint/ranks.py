@@ -71,6 +71,14 @@ class Ranks:
             raise found[0].error()
         return found[0]
 
+    def gathered(self, mine: Any) -> list[Any]:
+        """What every rank gives, by rank."""
+        everyone: list[Any] = [mine]
+        if self.group is not None:
+            everyone = [None] * self.size
+            dist.all_gather_object(everyone, mine, group=self.group)
+        return everyone
+
     def agree(self, work: Callable[[], Result], told: Callable[[Result], str] = lambda result: "") -> Result:
         """This rank's own result of `work`. Raises on every rank if it raises on any, naming the first that failed, and
         InputError if `told` says different things of the results."""
@@ -79,10 +87,7 @@ class Ranks:
             mine: str | Failure = told(result)
         except Exception as error:
             mine = Failure.of(error)
-        everyone: list[Any] = [mine]
-        if self.group is not None:
-            everyone = [None] * self.size
-            dist.all_gather_object(everyone, mine, group=self.group)
+        everyone = self.gathered(mine)
         for rank, value in enumerate(everyone):
             if isinstance(value, Failure):
                 raise value.error(f"rank {rank}: " if len(everyone) > 1 else "")

@@ -9,6 +9,7 @@ numbers; where they do not, the sources are read whole.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 from collections.abc import Mapping, Sequence
@@ -77,6 +78,8 @@ class Converted:
         return self._sources[0].key
 
     def read(self, folder: SafetensorsFolder, name: str, part: Part) -> Tensor:
+        if any(there.stop == there.start for there in part):
+            return torch.empty([there.stop - there.start for there in part], dtype=folder.dtype(self._sources[0].key))
         wanted = self._parts(name, part)
         if wanted is None:
             whole = {number: _all_of(source.shape) for number, source in enumerate(self._sources)}
@@ -100,32 +103,32 @@ class Converted:
         such parts. A dimension of a source that the wanted part is cut along is cut, of any other all is taken."""
         shape = self._shapes[name]
         cut = [dim for dim, (there, size) in enumerate(zip(part, shape)) if there != slice(0, size)]
-        try:
-            along = {dim: self._driver(name, dim) for dim in cut}
-            kept = {dim for dim in along.values() if dim is not None}
+        for drivers in itertools.product(*(self._drivers(name, dim) for dim in cut)):
             parts = {number: list(_all_of(source.shape)) for number, source in enumerate(self._sources)}
-            for dim, source_dim in along.items():
-                self._narrow(parts, name, dim, source_dim, part[dim])
-            found = {number: tuple(there) for number, there in parts.items()}
-            return found if self._gives(name, part, cut, kept, found) else None
-        except Exception:  # an operation that small numbers or parts do not fit
-            return None
+            with contextlib.suppress(Exception):  # an operation that small numbers or parts do not fit
+                for dim, source_dim in zip(cut, drivers):
+                    self._narrow(parts, name, dim, source_dim, part[dim])
+                found = {number: tuple(there) for number, there in parts.items()}
+                if self._gives(name, part, cut, {dim for dim in drivers if dim is not None}, found):
+                    return found
+        return None
 
-    def _driver(self, name: str, dim: int) -> int | None:
-        """The dimension of the sources that becomes `dim` of the result; None where it runs over whole sources."""
-        ranks = {len(source.shape) for source in self._sources}
-        for source_dim in (None, *range(min(ranks))):
-            numbers = self._numbered(set() if source_dim is None else {source_dim})
-            if self._run(numbers, range(len(numbers)))[name].shape[dim] == self._shapes[name][dim]:
-                return source_dim
-        raise ValueError(f"dimension {dim} of {name} is made of several")
+    def _drivers(self, name: str, dim: int) -> list[int | None]:
+        """Dimensions of the sources that may be what becomes `dim` of the result; None: it runs over whole sources."""
+        found: list[int | None] = []
+        for source_dim in (None, *range(min(len(source.shape) for source in self._sources))):
+            with contextlib.suppress(Exception):
+                numbers = self._numbered(_only(source_dim), 1)
+                if self._run(numbers, range(len(numbers)))[name].shape[dim] == self._shapes[name][dim]:
+                    found.append(source_dim)
+        return found
 
-    def _numbered(self, kept: set[int]) -> list[Tensor]:
-        """For each source a small tensor, whole in the dimensions `kept`, in which every element has a number of its
-        own."""
+    def _numbered(self, kept: set[int], rest: int) -> list[Tensor]:
+        """For each source a small tensor, whole in the dimensions `kept` and at most `rest` in all others, in which
+        every element has a number of its own."""
         numbers, start = [], 0
         for source in self._sources:
-            shape = [size if dim in kept else min(size, 2) for dim, size in enumerate(source.shape)]
+            shape = [size if dim in kept else min(size, rest) for dim, size in enumerate(source.shape)]
             count = int(torch.tensor(shape, dtype=torch.int64).prod())
             numbers.append(torch.arange(start, start + count).view(shape))
             start += count
@@ -134,9 +137,9 @@ class Converted:
     def _narrow(
         self, parts: dict[int, list[slice]], name: str, dim: int, source_dim: int | None, wanted: slice
     ) -> None:
-        numbers = self._numbered(set() if source_dim is None else {source_dim})
+        numbers = self._numbered(_only(source_dim), 1)
         made = self._run(numbers, range(len(numbers)))[name]
-        needed = made.narrow(dim, wanted.start, wanted.stop - wanted.start)
+        needed = made.narrow(dim, wanted.start, wanted.stop - wanted.start).contiguous()
         for number, own in enumerate(numbers):
             here = torch.isin(own, needed)
             if source_dim is None:
@@ -148,7 +151,7 @@ class Converted:
 
     def _gives(self, name: str, part: Part, cut: list[int], kept: set[int], parts: Mapping[int, Part]) -> bool:
         """Whether the operations on `parts` of numbered tensors give the numbers of the wanted part."""
-        numbers = self._numbered(kept)
+        numbers = self._numbered(kept, 2)  # so that a mixture of kept dimensions with others shows
         whole = self._run(numbers, range(len(numbers)))[name]
         want = whole[tuple(there if dim in cut else slice(None) for dim, there in enumerate(part))]
         pieces = []
@@ -157,6 +160,10 @@ class Converted:
             pieces.append(numbers[number][own])
         got = self._run(pieces, list(parts))[name]
         return got.shape == want.shape and torch.equal(got, want)
+
+
+def _only(dim: int | None) -> set[int]:
+    return set() if dim is None else {dim}
 
 
 def _all_of(shape: Sequence[int]) -> Part:
@@ -198,4 +205,4 @@ def conversions(model: Any, own: Mapping[str, Tensor], folder: SafetensorsFolder
 
 def by_file(found: Sequence[Conversion], folder: SafetensorsFolder) -> list[Conversion]:
     """In an order that opens each file once, but for conversions whose sources lie in several."""
-    return list(itertools.chain(sorted(found, key=lambda one: folder.file_of(one.first_key()))))
+    return sorted(found, key=lambda one: folder.file_of(one.first_key()))

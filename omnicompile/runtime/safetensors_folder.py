@@ -73,7 +73,7 @@ class SafetensorsFolder:
         return self._shapes[key][1]
 
     def part(self, key: str, part: tuple[slice, ...]) -> Tensor:
-        """A copy of a part of the tensor `key`."""
+        """A part of the tensor `key`, in the memory of the mapped file: copy what is to stay."""
         name = self._files[key]
         if self._open is None or self._open[0] != name:
             self.close()
@@ -82,7 +82,7 @@ class SafetensorsFolder:
         shape, dtype = self._shapes[key]
         if any(there.stop == there.start for there in part):
             return torch.empty([there.stop - there.start for there in part], dtype=dtype)
-        value = (piece[part] if shape else piece[...]).clone()
+        value = piece[part] if shape else piece[...]
         self.read_bytes += value.numel() * value.element_size()
         return value
 

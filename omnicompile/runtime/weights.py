@@ -273,7 +273,7 @@ class _WholeModel:
 
     def take(self, name: str, part: Tensor) -> None:
         old = self.slots[name].tensor
-        value = part.to(old.dtype)
+        value = torch.empty(old.shape, dtype=old.dtype).copy_(part.detach())
         self.slots[name].put(nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value)
 
 
