@@ -1,7 +1,7 @@
 """How full packed micro-batches are, and what balancing does for the slowest rank.
 
-The mix, drawn from a fixed seed: 30% of the samples are text alone; the others have 1 image, and each further one (up to
-4) with probability 0.4. Text: log-normal, median 330 tokens, sigma 0.9, cut to 16 to 4,000 tokens. Images: height and
+The mix, drawn from a fixed seed: 30% of the samples are text alone; the others have an image, and each further one (up
+to 4) with probability 0.4. Text: log-normal, median 330 tokens, sigma 0.9, cut to 16 to 4,000 tokens. Images: height and
 width log-normal, median 448 pixels, sigma 0.35, cut to 112 to 1,344 and rounded to multiples of 28; patches of 14 x 14
 pixels, 4 of which become a token. The budget is what `suggest_budget` makes of 10,000 other samples of the mix.
 
@@ -52,7 +52,7 @@ def draw(rng: np.random.Generator) -> Size:
     for _ in range(images):
         height, width = (28 * round(float(np.clip(rng.lognormal(np.log(448), 0.35), 112, 1344)) / 28) for _ in range(2))
         patches.append(height // 14 * (width // 14))
-    return Size(text + sum(patches) // MERGE**2, sum(patches), 0, images, sum(n * n for n in patches))
+    return Size(text + sum(patches) // MERGE**2, tuple(patches))
 
 
 class Known:

@@ -1,7 +1,7 @@
 """Samples of one pack as the keyword arguments of a model's forward: one row, in which samples do not see each other.
 
 Position ids start anew with every sample. By them transformers tells packed rows, and so do the attention anchors
-(docs/passes.md). Models whose positions have several axes get those of their own `get_rope_index`, sample by sample,
+(docs/data.md). Models whose positions have several axes get those of their own `get_rope_index`, sample by sample,
 with the text's running position before them, as transformers' models of that kind take it.
 """
 

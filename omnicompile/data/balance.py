@@ -43,9 +43,7 @@ class Weights:
 def attention_cost(pack: Pack, weights: Weights, budget: Budget) -> int:
     """Of a pack with the padding that fills it up, which attends to itself."""
     sizes = [item.size for item in pack]
-    spare = Size(
-        budget.tokens - sum(s.tokens for s in sizes), squares=(budget.patches - sum(s.patches for s in sizes)) ** 2
-    )
+    spare = Size(budget.tokens - sum(s.tokens for s in sizes), (budget.patches - sum(s.patches for s in sizes),))
     return sum(map(weights.cost, sizes)) + weights.cost(spare)
 
 
@@ -127,6 +125,8 @@ def _improved(high: _Counted, low: _Counted, means: np.ndarray) -> tuple[Pack, P
     out, into = set(given[give[best]]), set(taken[take[best]])
     new_high = [item for n, item in enumerate(high.items) if n not in out] + [low.items[n] for n in sorted(into)]
     new_low = [item for n, item in enumerate(low.items) if n not in into] + [high.items[n] for n in sorted(out)]
+    if not all(high.budget.deals(item.size for item in pack) for pack in (new_high, new_low)):
+        return None
     return new_high, new_low
 
 

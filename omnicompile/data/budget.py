@@ -4,28 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from omnicompile.capture.inputs.facts import Facts, first_value
 from omnicompile.errors import InputError
+from omnicompile.runtime.packing import pack
 
 PAD_TOKENS = 1  # every row ends with padding of its own, so that all rows are packed ones and run one graph
 
 
 @dataclass(frozen=True)
 class Size:
-    """What a sample takes. tokens: placeholders of images and audio included. patches / frames: rows of image patches,
-    frames of audio. images: images and clips. squares: sum over images of their squared number of patches."""
+    """What a sample takes. tokens: placeholders of images and audio included. images: patches of each image. frames,
+    clips: of audio."""
 
     tokens: int
-    patches: int = 0
+    images: tuple[int, ...] = ()
     frames: int = 0
-    images: int = 0
-    squares: int = 0
+    clips: int = 0
 
-    def to_list(self) -> list[int]:
-        return [self.tokens, self.patches, self.frames, self.images, self.squares]
+    @property
+    def patches(self) -> int:
+        return sum(self.images)
+
+    @property
+    def squares(self) -> int:
+        """Sum over images of their squared number of patches: what attention in an encoder goes by."""
+        return sum(patches * patches for patches in self.images)
+
+    def to_list(self) -> list[Any]:
+        return [self.tokens, list(self.images), self.frames, self.clips]
+
+    @staticmethod
+    def from_list(values: Sequence[Any]) -> Size:
+        tokens, images, frames, clips = values
+        return Size(tokens, tuple(images), frames, clips)
 
 
 @dataclass(frozen=True)
@@ -73,10 +88,16 @@ class Budget:
 
     def needs(self, size: Size) -> tuple[int, ...]:
         """(text tokens, patches, frames, segments of text, images) of one sample."""
-        return size.tokens - size.patches // self.merge**2, size.patches, size.frames, 1, size.images
+        return size.tokens - size.patches // self.merge**2, size.patches, size.frames, 1, len(size.images) + size.clips
 
     def holds(self, size: Size) -> bool:
-        return all(need <= room for need, room in zip(self.needs(size), self.room))
+        return all(need <= room for need, room in zip(self.needs(size), self.room)) and self.deals([size])
+
+    def deals(self, sizes: Iterable[Size]) -> bool:
+        """Whether whole images of these samples can be dealt out to `parts` ranks, each with its part of the patches."""
+        if self.parts == 1:
+            return True
+        return pack([n for size in sizes for n in size.images], self.parts, self.patches // self.parts) is not None
 
     def excess(self, size: Size) -> str:
         """Why `size` does not fit, in words."""
@@ -86,7 +107,7 @@ class Budget:
             for name, need, room in zip(names, self.needs(size), self.room)
             if need > room
         ]
-        return ", ".join(over)
+        return ", ".join(over) or f"images that cannot be dealt out to {self.parts} ranks in equal parts of its patches"
 
 
 def merge_of(model: nn.Module) -> int:
@@ -122,13 +143,15 @@ def suggest_budget(
     text = sum(s.tokens - s.patches // per_token for s in mix)
     room = seq_len - PAD_TOKENS - (parts if patches else 0)
     share = patches / (patches / per_token + text)
-    wanted = max(round(share * room), max(s.patches for s in mix))
+    largest_image = max((n for s in mix for n in s.images), default=0)
+    wanted = max(round(share * room), max(s.patches for s in mix), parts * largest_image)
     wanted = -(-wanted // unit) * unit
     left = seq_len - PAD_TOKENS - wanted // per_token
     frames = max(round(sum(s.frames for s in mix) / max(text, 1) * left), max(s.frames for s in mix))
     if not segments:
-        usual = seq_len * len(mix) / sum(s.tokens for s in mix) * max(1.0, sum(s.images for s in mix) / len(mix))
-        segments = max(64, 2 * round(usual), max(s.images for s in mix) + parts + 1)
+        pictures = sum(len(s.images) + s.clips for s in mix)
+        usual = seq_len * len(mix) / sum(s.tokens for s in mix) * max(1.0, pictures / len(mix))
+        segments = max(64, 2 * round(usual), max(len(s.images) + s.clips for s in mix) + parts + 1)
     budget = Budget(seq_len, wanted, frames, segments, merge, parts)
     if largest := [s for s in mix if not budget.holds(s)]:
         raise InputError(

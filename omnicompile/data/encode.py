@@ -60,10 +60,7 @@ class Encoded:
         rows = sum(self.features[name].shape[0] for name in PATCHES if name in self.features)
         if grids and sum(images) != rows:
             raise BadSample(f"its images have {rows} patches, its grids say {sum(images)}")
-        frames, clips = self._frames()
-        return Size(
-            len(self.ids), rows, frames, (len(images) if grids else rows) + clips, sum(n * n for n in images) or rows
-        )
+        return Size(len(self.ids), tuple(images) if grids else (1,) * rows, *self._frames())
 
     def _frames(self) -> tuple[int, int]:
         """Frames that are no padding, and clips."""

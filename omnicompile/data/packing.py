@@ -35,7 +35,10 @@ def best_fit(buffer: Sequence[Item], budget: Budget) -> Pack:
     if not buffer:
         return []
     needs = np.array([budget.needs(item.size) for item in buffer], dtype=np.int64)
-    return [buffer[i] for i in sorted(_one_pack(needs, np.array(budget.room, dtype=np.int64)))]
+    chosen = _one_pack(needs, np.array(budget.room, dtype=np.int64))
+    while not budget.deals(buffer[i].size for i in chosen):  # the last ones wait; the oldest alone can be dealt out
+        chosen.pop()
+    return [buffer[i] for i in sorted(chosen)]
 
 
 def _one_pack(needs: np.ndarray, room: np.ndarray) -> list[int]:

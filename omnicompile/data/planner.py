@@ -105,7 +105,7 @@ class StepPlanner:
                 f"this state belongs to other data, or another order of it ({state['identity']}; here {self.identity}"
                 "): give the same source, seed and shuffle"
             )
-        buffer = [Item((e, n, p), Size(*size)) for e, n, p, *size in state["buffer"]]
+        buffer = [Item((e, n, p), Size.from_list(size)) for e, n, p, *size in state["buffer"]]
         if over := [item for item in buffer if not self.budget.holds(item.size)]:
             raise InputError(
                 f"{self.source.where(over[0].key[1])}, read ahead under another budget, does not fit the present one: "

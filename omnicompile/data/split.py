@@ -22,7 +22,7 @@ class _Piece:
 
     @property
     def size(self) -> Size:
-        return Size(self.end - self.start, self.patches, 0, int(self.patches > 0))
+        return Size(self.end - self.start, (self.patches,) if self.patches else ())
 
 
 def split(encoded: Encoded, budget: Budget) -> list[Encoded]:
@@ -42,7 +42,8 @@ def split(encoded: Encoded, budget: Budget) -> list[Encoded]:
             raise BadSample(f"one image of it is over the budget: {budget.excess(piece.size)}")
         # Pieces are no samples: the one segment of text that the part is counts once.
         more = tuple(a + b for a, b in zip(total, needs[:3] + (0,) + needs[4:]))
-        if parts[-1] and any(a > b for a, b in zip(more, budget.room)):
+        over = any(a > b for a, b in zip(more, budget.room))
+        if parts[-1] and (over or not (piece.patches == 0 or budget.deals(p.size for p in (*parts[-1], piece)))):
             parts.append([])
             more = needs[:3] + (0,) + needs[4:]
         parts[-1].append(piece)

@@ -104,7 +104,7 @@ def test_a_processor_encodes_images_among_the_turns() -> None:
     assert encoded.features["image_grid_thw"].tolist() == [[1, 6, 8]]
     assert int((encoded.ids == IMAGE).sum()) == 12 == int((encoded.kinds == 1).sum())
     assert _words(encoded.labels[encoded.labels >= 0]) == ["a", "red", "box", "</s>", "no", "end", "</s>"]
-    assert encoded.size.patches == 48 and encoded.size.images == 1 and encoded.size.squares == 48**2
+    assert encoded.size.patches == 48 and encoded.size.images == (48,) and encoded.size.squares == 48**2
 
 
 def test_plain_text_trains_on_every_token_but_placeholders() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -35,7 +36,7 @@ from omnicompile.anchors.masks import anchor_mask, segment_bounds
 from omnicompile.data import Budget, Encoded, Sample, make_loader
 from omnicompile.data.assemble import Assembler
 from omnicompile.errors import InputError
-from omnicompile.plan import Mesh
+from omnicompile.plan import Layout, Mesh
 
 POSITIONS = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]])
 SEGMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1]])
@@ -134,13 +135,17 @@ def test_features_that_the_model_does_not_take_are_refused() -> None:
         Assembler.of(dense_model()).row([Encoded.of({"input_ids": [1], "pixel_values": torch.zeros(4, 2)})])
 
 
-def _packed_step(rank: int, world: int, sp: int) -> tuple[float, dict[str, Tensor], list[tuple[int, ...]]]:
+def _packed_step(
+    rank: int, world: int, sp: int, layout: Layout
+) -> tuple[float, dict[str, Tensor], list[tuple[int, ...]]]:
     model = vision_language_model()
+    budget = replace(BUDGET, parts=sp if layout is Layout.IMAGES else 1)
     loader = make_loader(
-        records(40), encode, model, BUDGET, packs=2, data_rank=rank // sp, data_ranks=world // sp,
+        records(40), encode, model, budget, packs=2, data_rank=rank // sp, data_ranks=world // sp,
         group=torch.distributed.group.WORLD,
     )  # fmt: skip
     plan = make_plan(("text", "vision"), Mesh(dp_shard=world // sp, sp=sp))
+    plan.blocks["vision"] = replace(plan.blocks["vision"], layout=layout)
     example = loader.example_batch()
     module = omnicompile.parallelize(model, plan, "cpu", example_batch=example, segments=BUDGET.segments)
     step = next(iter(loader))
@@ -156,9 +161,9 @@ def _packed_step(rank: int, world: int, sp: int) -> tuple[float, dict[str, Tenso
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sp", [1, 2])
-def test_a_packed_step_of_two_ranks_is_that_of_its_samples_one_by_one(sp: int) -> None:
-    found = run_ranks(_packed_step, 2, sp)
+@pytest.mark.parametrize(("sp", "layout"), [(1, Layout.BATCH), (2, Layout.SEQUENCE), (2, Layout.IMAGES)])
+def test_a_packed_step_of_two_ranks_is_that_of_its_samples_one_by_one(sp: int, layout: Layout) -> None:
+    found = run_ranks(_packed_step, 2, sp, layout)
     assert found[0][2] == found[1][2] and len(found[0][2]) > 6
     data = records(40)
     given = [encode(Sample(text=data[n]["text"], images=tuple(data[n]["images"]))) for _, n, _ in found[0][2]]

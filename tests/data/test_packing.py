@@ -17,12 +17,11 @@ from omnicompile.data import Budget, Size, attention_weights, make_loader, sugge
 from omnicompile.data.balance import Weights, attention_cost, deal, deal_in_order, exchange
 from omnicompile.data.packing import Item, Pack, best_fit, fill, greedy
 from omnicompile.errors import InputError
+from omnicompile.runtime.packing import pack as pack_images
 
 BUDGET = Budget(tokens=512, patches=512, segments=24, merge=2)
 SIZES = st.builds(
-    lambda text, images: Size(
-        text + 4 * sum(images), 16 * sum(images), 0, len(images), sum((16 * i) ** 2 for i in images)
-    ),
+    lambda text, images: Size(text + 4 * sum(images), tuple(16 * i for i in images)),
     st.integers(1, 200),
     st.lists(st.integers(1, 8), max_size=3),
 )
@@ -71,13 +70,31 @@ def test_whatever_fits_leaves_room_for_its_padding(sizes: list[Size]) -> None:
         assert missing >= 0 and tokens + (missing // 4 + 1 if missing else 0) <= BUDGET.tokens
 
 
+@settings(max_examples=40, deadline=None)
+@given(sizes=st.lists(SIZES, min_size=1, max_size=40))
+def test_images_of_every_pack_can_be_dealt_out_to_ranks(sizes: list[Size]) -> None:
+    budget = Budget(tokens=512, patches=512, segments=24, merge=2, parts=2)
+    items = _items([size for size in sizes if budget.holds(size)])
+    packs = _packed(items, budget, 20)
+    for one in (packs, exchange(packs, Weights(), budget)):
+        assert Counter(item.key for pack in one for item in pack) == Counter(item.key for item in items)
+        assert all(pack_images([n for i in pack for n in i.size.images], 2, 256) is not None for pack in one)
+
+
+def test_an_image_larger_than_a_rank_s_part_is_over_the_budget() -> None:
+    budget = Budget(tokens=512, patches=512, segments=24, merge=2, parts=2)
+    assert budget.holds(Size(100, (256,))) and not budget.holds(Size(100, (272,)))
+    assert "cannot be dealt out to 2 ranks" in budget.excess(Size(100, (272,)))
+    assert suggest_budget([Size(100, (272,)), Size(300)], 512, merge=2, parts=2).patches == 544
+
+
 def _mix(count: int) -> list[Size]:
     rng = np.random.default_rng(0)
     found = []
     for _ in range(count):
         images = [int(n) for n in rng.integers(1, 8, rng.integers(0, 3))]
         text = int(np.clip(rng.lognormal(3.4, 0.8), 4, 200))
-        found.append(Size(text + 4 * sum(images), 16 * sum(images), 0, len(images), sum((16 * i) ** 2 for i in images)))
+        found.append(Size(text + 4 * sum(images), tuple(16 * i for i in images)))
     return found
 
 
@@ -130,10 +147,10 @@ def test_weights_follow_the_sizes_of_the_stacks() -> None:
 
 
 def test_suggest_budget_follows_the_mix() -> None:
-    budget = suggest_budget([Size(64, 64, 0, 1, 4096), Size(32)] * 10, 480, merge=2)
+    budget = suggest_budget([Size(64, (64,)), Size(32)] * 10, 480, merge=2)
     assert budget.patches // 4 * 96 == pytest.approx(16 * 478, rel=0.05)  # 16 of 96 tokens are placeholders
     assert suggest_budget([Size(10)], 100).patches == 0
-    assert suggest_budget([Size(10), Size(50, 160, 0, 1)], 100, merge=2).patches >= 160
+    assert suggest_budget([Size(10), Size(50, (160,))], 100, merge=2).patches >= 160
     with pytest.raises(InputError, match="got none"):
         suggest_budget([], 100)
     with pytest.raises(InputError, match="1 of 2 samples do not fit into 100 tokens"):
