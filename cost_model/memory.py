@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from omnicompile.cost_model.hardware import Hardware
-from omnicompile.cost_model.step_layout import Groups
-from omnicompile.cost_model.step_units import StepOptions, local_params, owned_params
+from omnicompile.cost_model.step_layout import Groups, local_params, owned_params
+from omnicompile.cost_model.step_options import StepOptions
 from omnicompile.program import Program, Segment
 
 if TYPE_CHECKING:

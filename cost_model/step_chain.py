@@ -1,12 +1,14 @@
 """The chain of work of one segment instance: compute, and the collectives that compute has to wait for.
 
-The pieces of a chain run strictly one after another. Collectives that may overlap (parameter gathers, gradient
-reductions, host copies) are not part of it; see `step_units`.
+The pieces of a chain run one after another, but for launches: exchanges that run beside what follows until a piece
+waits for them (`step_overlap`). Parameter gathers, gradient reductions and host copies are not part of it; see
+`step_units`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from omnicompile.cost_model.step_layout import Gradient, Groups, Split
 from omnicompile.cost_model.step_numbers import ACTIVATION_BYTES, OpNumbers, SegmentNumbers
@@ -21,11 +23,13 @@ Chain = tuple[Piece, ...]
 
 
 def merge(pieces: Iterable[Piece]) -> Chain:
-    """Join neighbours of the same stream and kind."""
+    """Join neighbours of the same stream and kind; launches, and what waits for them, begin anew."""
     merged: list[Piece] = []
     for piece in pieces:
-        if merged and merged[-1].stream == piece.stream and merged[-1].kind == piece.kind:
-            merged[-1] = Piece(piece.stream, merged[-1].seconds + piece.seconds, piece.kind)
+        last = merged[-1] if merged else piece
+        joins = (last.stream, last.kind, last.launch) == (piece.stream, piece.kind, 0) and not piece.after
+        if merged and joins and not piece.launch:
+            merged[-1] = replace(last, seconds=last.seconds + piece.seconds)
         else:
             merged.append(piece)
     return tuple(merged)
@@ -93,7 +97,7 @@ def launched(chain: Chain, ops: Sequence[OpNumbers], prices: Prices) -> Chain:
     if not compute or host <= compute:
         return chain
     slower = host / compute
-    return tuple(Piece(p.stream, p.seconds * slower, p.kind) if p.stream == "compute" else p for p in chain)
+    return tuple(replace(p, seconds=p.seconds * slower) if p.stream == "compute" else p for p in chain)
 
 
 def op_chain(
@@ -178,7 +182,7 @@ def pick(chain_of: list[int], numbers: SegmentNumbers, seconds: Sequence[float])
 
 
 def contend(chain: Chain, beside: Chain, factor: float) -> tuple[Chain, int]:
-    """The chain slowed by the collectives `beside` it, and the index of its longest compute piece.
+    """The chain slowed by its launches and the collectives `beside` it, and the index of its longest compute piece.
 
     Prefetches are issued just before that piece: they hide behind it without standing in the way of the chain's own
     collectives. Compute takes 1 + factor times as long for as long as collectives run beside it.
@@ -188,6 +192,7 @@ def contend(chain: Chain, beside: Chain, factor: float) -> tuple[Chain, int]:
     window = max(range(len(chain)), key=lambda i: chain[i].seconds if chain[i].stream == "compute" else -1.0)
     compute = sum(piece.seconds for piece in chain if piece.stream == "compute")
     widest = chain[window]
-    extra = factor * min(compute, sum(piece.seconds for piece in beside))
-    slowed = Piece(widest.stream, widest.seconds + extra, widest.kind)
+    others = sum(piece.seconds for piece in beside) + sum(piece.seconds for piece in chain if piece.launch)
+    extra = factor * min(compute, others)
+    slowed = replace(widest, seconds=widest.seconds + extra)
     return (*chain[:window], slowed, *chain[window + 1 :]), window

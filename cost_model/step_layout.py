@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from omnicompile.plan import OURS, BlockPlan, Layout, Mesh, Sharding, Stack
+from omnicompile.program import Segment
 
 
 @dataclass(frozen=True)
@@ -137,3 +139,26 @@ class Gradient:
     @property
     def any(self) -> bool:
         return self.weight or self.input
+
+
+def all_params(segment: Segment) -> tuple[int, int]:
+    """(dense, expert) parameters that one instance reads, shared ones included."""
+    expert = sum(p.numel for p in segment.params if p.expert)
+    return sum(p.numel for p in segment.params) - expert, expert
+
+
+def local_params(segment: Segment, groups: Groups) -> tuple[float, float]:
+    """(dense, expert) parameters of one instance, shared ones included, that one rank works with."""
+    dense, expert = all_params(segment)
+    return dense / groups.tensor.size, expert / groups.experts.size / groups.expert_tensor.size
+
+
+def owned_params(segments: Sequence[Segment], groups: Groups, instances: int | None = None) -> tuple[float, float]:
+    """(dense, expert) parameters of all instances (or of so many), each counted once, whose shards a rank holds."""
+    dense = expert = 0.0
+    for segment in segments:
+        count = segment.count if instances is None else instances
+        expert += segment.expert_param_count * count
+        dense += (segment.param_count - segment.expert_param_count) * count
+    dense /= groups.tensor.size * groups.shard.size
+    return dense, expert / (groups.experts.size * groups.expert_tensor.size * groups.expert_shard.size)

@@ -10,9 +10,9 @@ from omnicompile.cost_model.memory import StaticMemory, static_memory
 from omnicompile.cost_model.step_chain import Chain
 from omnicompile.cost_model.step_layout import Gradient, Groups, Split, block_groups, block_split
 from omnicompile.cost_model.step_numbers import ProgramNumbers
+from omnicompile.cost_model.step_options import StepOptions
 from omnicompile.cost_model.step_price import DTYPE_BYTES, Prices
 from omnicompile.cost_model.step_units import (
-    StepOptions,
     UnitCost,
     UnitWeights,
     UnitWork,
@@ -81,6 +81,7 @@ def step_options(plan: Plan) -> StepOptions:
         stack=plan.stack,
         pipelined=plan.mesh.pp > 1,
         accumulates=plan.accumulation > 1 or plan.mesh.pp > 1 or plan.stack != OURS,
+        overlap=plan.overlap,
     )
 
 
@@ -149,7 +150,7 @@ class StepModel:
         key = (
             name, plan.layout, plan.recompute, plan.offload, groups.sequence, groups.experts, groups.tensor,
             groups.context, groups.expert_tensor, options.micro_batch, loss_head, frozen, options.param_bytes,
-            options.stack,
+            options.stack, options.overlap,
         )  # fmt: skip
         if key not in self._work:
             self._work[key] = self._block_work(name, plan, mesh, groups, options, frozen)
@@ -169,7 +170,7 @@ class StepModel:
         key = (
             name, plan.reshard, groups.experts, groups.shard, groups.replica, groups.expert_shard,
             groups.expert_replica, groups.tensor, groups.states, options.param_bytes, options.reduce_bytes,
-            offload_optimizer, frozen, options.stack, options.pipelined, options.accumulates,
+            offload_optimizer, frozen, options.stack, options.pipelined, options.accumulates, options.sums_inside,
         )  # fmt: skip
         if key not in self._weights:
             self._weights[key] = self._block_weights(name, plan, groups, options, offload_optimizer, frozen)
@@ -248,6 +249,7 @@ class StepModel:
             options.reduce_bytes,
             options.stack,
             options.pipelined,
+            options.sums_inside,
             frozen,
         )
         if key not in self._weight_units:

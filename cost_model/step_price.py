@@ -31,11 +31,17 @@ directions that they are multiplied in. Assumed."""
 
 @dataclass(frozen=True)
 class Piece:
-    """Work of `seconds` on one stream ("compute", "intra", "inter" or "copy")."""
+    """Work of `seconds` on one stream ("compute", "intra", "inter" or "copy").
+
+    launch: not 0 for a collective that the pieces after it do not wait for, but for those that name this number in
+    `after`.
+    """
 
     stream: str
     seconds: float
     kind: str
+    launch: int = 0
+    after: tuple[int, ...] = ()
 
 
 class Prices:

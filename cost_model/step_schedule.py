@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from omnicompile.cost_model.schedule import Dep, Loop, Schedule, Task
 from omnicompile.cost_model.step_chain import Chain, contend
 from omnicompile.cost_model.step_model import BlockCost, StepModel
+from omnicompile.cost_model.step_overlap import renumbered
 from omnicompile.cost_model.step_price import Piece
 from omnicompile.cost_model.step_units import UnitCost
 from omnicompile.plan import Plan
@@ -204,7 +205,7 @@ class _Builder:
         prefetched = following if following is not None and following.weights.regather else None
         beside = (weights.gather if weights.regather else ()) + self._reductions(unit)
         chain, window = contend(work.backward, beside, self._contention)
-        first = _cast(weights.cast if weights.regather else 0.0) + work.again
+        first = _cast(weights.cast if weights.regather else 0.0) + renumbered(work.again, len(chain))
         chain = first + chain + _cast(weights.gradient_cast)
         ahead = prefetched.weights.gather if prefetched is not None else ()
         end = self._chain_tasks(body, chain, len(first) + window, prefetched, ahead)
@@ -233,12 +234,18 @@ class _Builder:
     def _chain_tasks(
         self, body: _Body, chain: Chain, window: int, following: UnitCost | None, gathers: Chain
     ) -> tuple[Dep, ...]:
-        """The chain's pieces one after another; the next instance's gathers are issued before piece `window`."""
+        """The chain's pieces one after another, launches beside them; the next instance's gathers are issued before
+        piece `window`."""
         previous = "begin"
+        launched: dict[int, str] = {}
         for i, piece in enumerate(chain):
             if i == window and following is not None:
                 _gather_tasks(body, following, (Dep("begin"),), gathers)
-            previous = body.issue(f"work{i}", piece, (Dep(previous),))
+            name = body.issue(f"work{i}", piece, (Dep(previous), *(Dep(launched[n]) for n in piece.after)))
+            if piece.launch:
+                launched[piece.launch] = name
+            else:
+                previous = name
         if not chain and following is not None:
             _gather_tasks(body, following, (Dep("begin"),), gathers)
         return (Dep(previous),)

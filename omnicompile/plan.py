@@ -124,6 +124,24 @@ class Stack:
     moment_dtype: str = "float32"
 
 
+@dataclass(frozen=True)
+class Overlap:
+    """What is done so that communication runs beside compute; all of it is executed.
+
+    exchanges: all-to-alls of sequence and expert parallelism are launched as soon as their input is there and waited
+    for where their result is needed. head_groups: attention runs in so many groups of heads, each exchanged while the
+    next computes. expert_chunks: experts of a rank run in so many chunks, whose rows travel while others compute.
+    prefetch: units (layers) ahead of use at which parameters are gathered. replica_sums: sums of gradients over
+    replicas run inside the backward of a step without accumulation.
+    """
+
+    exchanges: bool = True
+    head_groups: int = 1
+    expert_chunks: int = 1
+    prefetch: int = 1
+    replica_sums: bool = False
+
+
 OURS = Stack()
 """The stack that `parallelize` runs."""
 
@@ -180,6 +198,7 @@ class Plan:
     param_dtype: str = "bfloat16"
     reduce_dtype: str = "float32"
     stack: Stack = OURS
+    overlap: Overlap = Overlap()
     prediction: Prediction | None = None
     notes: tuple[str, ...] = ()
 

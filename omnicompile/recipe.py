@@ -16,7 +16,7 @@ import yaml
 
 from omnicompile.cluster import Cluster
 from omnicompile.errors import InputError, RecipeError
-from omnicompile.plan import OURS, BlockPlan, LossHead, Mesh, Plan, Prediction, Stack
+from omnicompile.plan import OURS, BlockPlan, LossHead, Mesh, Overlap, Plan, Prediction, Stack
 from omnicompile.schema import Place, check_keys, decode, encode, field_types, mapping, suggestion
 from omnicompile.whole_file import write_whole
 from omnicompile.workload import Workload
@@ -24,8 +24,8 @@ from omnicompile.workload import Workload
 VERSION_KEY = "omnicompile_recipe"
 VERSION = 1
 SECTIONS = (
-    VERSION_KEY, "model", "cluster", "workload", "mesh", "blocks", "step", "stack",
-    "prediction", "notes", "train",
+    VERSION_KEY, "model", "cluster", "workload", "mesh", "blocks", "step", "stack", "overlap", "prediction", "notes",
+    "train",
 )  # fmt: skip
 STEP_FIELDS: dict[str, Any] = {
     "micro_batch": int,
@@ -39,6 +39,7 @@ COMMENTS = {
     "mesh": "ranks = dp_replicate x dp_shard x sp x tp x cp x pp; ep is folded out of dp_shard x sp",
     "blocks": "one line per modality block",
     "stack": "another software stack's ways, priced and not executable",
+    "overlap": "what makes communication run beside compute",
     "prediction": "by the cost model: seconds, bytes per GPU",
 }
 
@@ -67,6 +68,8 @@ def dumps(plan: Plan) -> str:
     lines += _block({"step": {name: encode(getattr(plan, name)) for name in STEP_FIELDS}})
     if plan.stack != OURS:
         lines += [f"# {COMMENTS['stack']}", "stack: " + _flow(_changed(plan.stack))]
+    if plan.overlap != Overlap():
+        lines += [f"# {COMMENTS['overlap']}", "overlap: " + _flow(_changed(plan.overlap))]
     if plan.prediction is not None:
         lines += [f"# {COMMENTS['prediction']}", *_block({"prediction": encode(plan.prediction)})]
     if plan.notes:
@@ -95,6 +98,7 @@ def loads(text: str, name: str = "recipe") -> Plan:
         prediction=None if prediction is None else decode(Prediction, prediction, place.key("prediction")),
         notes=decode(tuple[str, ...], data.get("notes") or [], place.key("notes")),
         stack=decode(Stack, data.get("stack") or {}, place.key("stack")),
+        overlap=decode(Overlap, data.get("overlap") or {}, place.key("overlap")),
         **{key: decode(STEP_FIELDS[key], item, place.key("step").key(key)) for key, item in step.items()},
     )
     _check_consistent(plan, place)
@@ -178,9 +182,9 @@ def _pin_fields(section: str) -> dict[str, Any]:
     return known.get(section) or field_types(BlockPlan)
 
 
-def _changed(stack: Stack) -> dict[str, Any]:
+def _changed(section: Stack | Overlap) -> dict[str, Any]:
     """The fields that are not at their defaults."""
-    return {f.name: encode(getattr(stack, f.name)) for f in fields(stack) if getattr(stack, f.name) != f.default}
+    return {f.name: encode(getattr(section, f.name)) for f in fields(section) if getattr(section, f.name) != f.default}
 
 
 def _section_fields(value: Any, kinds: dict[str, Any], place: Place) -> dict[str, Any]:
@@ -209,6 +213,9 @@ def _check_consistent(plan: Plan, place: Place) -> None:
             f"degrees multiply to {plan.mesh.world} ranks, but the cluster has {plan.cluster.gpus} GPUs"
         )
     _check_stack(plan.stack, place.key("stack"))
+    for name in ("head_groups", "expert_chunks", "prefetch"):
+        if getattr(plan.overlap, name) < 1:
+            raise place.key("overlap").key(name).error(f"must be at least 1, got {getattr(plan.overlap, name)}")
     for name in ("micro_batch", "accumulation"):
         if getattr(plan, name) < 1:
             raise place.key("step").key(name).error(f"must be at least 1, got {getattr(plan, name)}")

@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from omnicompile.cost_model.step_model import StepModel
+from omnicompile.cost_model.step_options import StepOptions
 from omnicompile.cost_model.step_price import DTYPE_BYTES
-from omnicompile.cost_model.step_units import StepOptions
 from omnicompile.plan import LossHead, Plan
 from omnicompile.planner.predict import capacity, predict, simulated_seconds
 from omnicompile.planner.space import Point, Space

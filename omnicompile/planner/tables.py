@@ -1,10 +1,11 @@
 """Time bounds and memory of every option of a block at once, as arrays.
 
 The step time of a plan is not a sum over its blocks, but a bound below it is. With `begin(i)` the time at which layer i
-of a run begins, n layers in the run, and per layer `chain` (compute and the collectives it waits for), the parameter
-gather of the next layer, gradient reductions and host copies:
+of a run begins, n layers in the run, and per layer `chain` (the time of its compute and exchanges with all streams for
+itself, or the work that nothing runs beside, slowed by what does), the parameter gather of the next layer, gradient
+reductions and host copies:
 
-    begin(n) - begin(1) >= (n - 1) * chain                      a chain is strictly sequential
+    begin(n) - begin(1) >= (n - 1) * chain                      a layer's chain ends before the next one's begins
     begin(n) - begin(1) >= (n - 1) * (gather + exchange)        per channel: issued after begin(1), needed by begin(n)
                             + (n - 2) * reduce                  queued before the gather of layer n
     begin(n) - begin(1) >= (n - 1) * copy                       backward: activations fetched from the host
@@ -28,7 +29,9 @@ from numpy.typing import NDArray
 from omnicompile.cost_model.memory import MemoryLayout
 from omnicompile.cost_model.step_chain import Chain
 from omnicompile.cost_model.step_model import BlockWeights, BlockWork, StepModel
-from omnicompile.cost_model.step_units import StepOptions, UnitWeights, UnitWork
+from omnicompile.cost_model.step_options import StepOptions
+from omnicompile.cost_model.step_overlap import makespan
+from omnicompile.cost_model.step_units import UnitWeights, UnitWork
 from omnicompile.plan import BlockPlan, LossHead, Mesh, Sharding
 from omnicompile.program import Phase, Program, Recompute
 
@@ -175,7 +178,8 @@ class TableMaker:
 
 _WORK = (
     "forward", "forward compute", "forward intra", "forward inter", "again", "backward", "backward compute",
-    "backward intra", "backward inter", "host",
+    "backward intra", "backward inter", "host", "forward span", "forward launched", "backward span",
+    "backward launched",
 )  # fmt: skip
 _WEIGHTS = (
     "gather intra", "gather inter", "regather intra", "regather inter", "reduce intra", "reduce inter",
@@ -184,9 +188,13 @@ _WEIGHTS = (
 
 
 def _by_stream(chain: Chain) -> tuple[float, float, float]:
-    """Seconds in all, on "intra" and on "inter"."""
+    """Seconds that nothing runs beside, and all on "intra" and on "inter"."""
     on = {channel: sum(p.seconds for p in chain if p.stream == channel) for channel in _CHANNELS}
-    return sum(p.seconds for p in chain), on["intra"], on["inter"]
+    return sum(p.seconds for p in chain if not p.launch), on["intra"], on["inter"]
+
+
+def _launched(chain: Chain) -> float:
+    return sum(p.seconds for p in chain if p.launch)
 
 
 def _compute(chain: Chain) -> float:
@@ -197,14 +205,15 @@ def _work_row(unit: UnitWork) -> list[float]:
     forward, again, backward = _by_stream(unit.forward), _by_stream(unit.again), _by_stream(unit.backward)
     return [
         forward[0], _compute(unit.forward), forward[1], forward[2], again[0], backward[0], _compute(unit.backward),
-        again[1] + backward[1], again[2] + backward[2], unit.host_seconds,
+        again[1] + backward[1], again[2] + backward[2], unit.host_seconds, makespan(unit.forward),
+        _launched(unit.forward), makespan(unit.again) + makespan(unit.backward), _launched(unit.backward),
     ]  # fmt: skip
 
 
 def _weight_row(unit: UnitWeights) -> list[float]:
     gather = _by_stream(unit.gather)[1:]
     regather = gather if unit.regather else (0.0, 0.0)
-    return [*gather, *regather, *_by_stream(unit.reduce)[1:], *_by_stream(unit.reduce)[1:]]
+    return [*gather, *regather, *_by_stream(unit.reduce)[1:], *_by_stream(unit.reduce + unit.once)[1:]]
 
 
 def _run_bounds(work: Array, weights: Array, shape: _Shape, contention: float) -> tuple[Array, Array]:
@@ -213,13 +222,15 @@ def _run_bounds(work: Array, weights: Array, shape: _Shape, contention: float) -
     count, trains = shape.count, shape.trains
     gather, regather = weights[:, 0:2], weights[:, 2:4]
     host = work[:, :, 9]
-    forward = work[:, :, 0] + contention * np.minimum(work[:, :, 1], gather.sum(axis=1))
+    forward = work[:, :, 0] + contention * np.minimum(work[:, :, 1], gather.sum(axis=1) + work[:, :, 11])
+    forward = np.maximum(forward, work[:, :, 10])
     channels = (count - 1) * (gather + work[:, :, 2:4]).max(axis=2)
     copies = np.where((count > 2) & trains, 2 * forward + np.maximum(count - 3, 0) * host, 0.0)
     leave = np.maximum(forward, shape.joined * (_following(gather) + work[:, :, 2:4]).max(axis=2))
     path = np.maximum(np.maximum((count - 1) * forward, channels), copies) + leave + shape.first * gather.max(axis=1)
     beside = (regather + weights[:, 4:6]).sum(axis=1)
-    backward = work[:, :, 4] + work[:, :, 5] + contention * np.minimum(work[:, :, 6], beside)
+    backward = work[:, :, 4] + work[:, :, 5] + contention * np.minimum(work[:, :, 6], beside + work[:, :, 13])
+    backward = np.maximum(backward, work[:, :, 12])
     needed = regather + work[:, :, 7:9]
     enters = _preceding((shape.joined * trains).astype(float))[:, None] * (_preceding(regather) + work[:, :, 7:9])
     leave = np.maximum(backward, enters.max(axis=2))

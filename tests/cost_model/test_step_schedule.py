@@ -19,7 +19,7 @@ from omnicompile.cost_model.step_layout import block_groups, make_group
 from omnicompile.cost_model.step_model import StepModel, segment_gradients
 from omnicompile.cost_model.step_numbers import Evaluator
 from omnicompile.cost_model.step_schedule import Step, build_step
-from omnicompile.plan import BlockPlan, Layout, LossHead, Mesh, Plan, Sharding
+from omnicompile.plan import BlockPlan, Layout, LossHead, Mesh, Overlap, Plan, Sharding
 from omnicompile.program import Program, Recompute, Sym
 from omnicompile.workload import Workload
 
@@ -84,9 +84,11 @@ def test_gathers_hide_behind_compute() -> None:
 def test_ulysses_exchanges_around_every_attention() -> None:
     program = synthetic.dense_lm()
     step = step_of(program, make_plan(program, Mesh(dp_shard=4, sp=4), micro_batch=4))
-    assert counts(step, "all_to_all") == 32 * 4  # in and out, forward and backward
+    assert counts(step, "all_to_all") == 32 * 8  # query, key, value and result, forward and backward
     again = make_plan(program, Mesh(dp_shard=4, sp=4), micro_batch=4, recompute=Recompute.FULL)
-    assert counts(step_of(program, again), "all_to_all") == 32 * 6
+    assert counts(step_of(program, again), "all_to_all") == 32 * 12
+    at_once = replace(make_plan(program, Mesh(dp_shard=4, sp=4), micro_batch=4), overlap=Overlap(exchanges=False))
+    assert counts(step_of(program, at_once), "all_to_all") == 32 * 4  # those of query, key and value together
 
 
 def test_experts_exchange_tokens() -> None:

@@ -34,7 +34,8 @@ WEIGHT, INPUT = frozenset({"weight"}), frozenset({"input"})
 
 @dataclass(frozen=True)
 class Stack:
-    """A transformer stack. tokens: rows; pairs: attention pairs. experts = 0: dense."""
+    """A transformer stack. tokens: rows; pairs: attention pairs. experts = 0: dense. fused: one product makes query, key
+    and value."""
 
     block: str
     layers: int
@@ -48,6 +49,7 @@ class Stack:
     experts: int = 0
     top_k: int = 0
     gated: bool = True
+    fused: bool = False
 
     @property
     def head_dim(self) -> int:
@@ -148,9 +150,11 @@ def saved_by_policy(everything: Expr, results: Expr, inputs: Expr, ops: tuple[Op
 def layer_segment(stack: Stack) -> Segment:
     t, h, i = stack.tokens, stack.hidden, stack.intermediate
     kv = stack.kv_heads * stack.head_dim
+    apart = [gemm("q", t, h, h), gemm("k", t, kv, h), gemm("v", t, kv, h)]
+    projections = [gemm("qkv", t, h + 2 * kv, h)] if stack.fused else apart
     groups = [
         memory_op("norm1", 4 * t * h),
-        gemm("qkv", t, h + 2 * kv, h),
+        *projections,
         attention_ops(stack),
         gemm("o", t, h, h),
         memory_op("norm2", 6 * t * h),
