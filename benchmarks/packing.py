@@ -1,8 +1,8 @@
 """How full packed micro-batches are, and what balancing does for the slowest rank.
 
-The mix, drawn from a fixed seed: 30% of the samples are text alone; the others have an image, and each further one (up
-to 4) with probability 0.4. Text: log-normal, median 330 tokens, sigma 0.9, cut to 16 to 4,000 tokens. Images: height and
-width log-normal, median 448 pixels, sigma 0.35, cut to 112 to 1,344 and rounded to multiples of 28; patches of 14 x 14
+The mix, drawn from a fixed seed: 30% of the samples are text alone; the others have an image, and each further one, up
+to 4, with probability 0.4. Text: log-normal, median 330 tokens, sigma 0.9, cut to 16 to 4,000 tokens. Image sides are
+log-normal, median 448 pixels, sigma 0.35, cut to 112 to 1,344 and rounded to multiples of 28; patches of 14 x 14
 pixels, 4 of which become a token. The budget is what `suggest_budget` makes of 10,000 other samples of the mix.
 
 Fill is real tokens and real patches as shares of the budgets of all packs of full steps; padding never counts.

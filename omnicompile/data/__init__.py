@@ -4,6 +4,7 @@ from omnicompile.data.budget import Budget, Size, attention_weights, suggest_bud
 from omnicompile.data.encode import Encoded, ProcessorEncoder
 from omnicompile.data.loader import PackedLoader, Step, make_loader
 from omnicompile.data.policy import Policy
+from omnicompile.data.read import sample_sizes
 from omnicompile.data.sample import BadSample, Sample
 from omnicompile.data.sources import DatasetSource, JsonLines, Source, WebShards, open_source
 
@@ -24,5 +25,6 @@ __all__ = [
     "attention_weights",
     "make_loader",
     "open_source",
+    "sample_sizes",
     "suggest_budget",
 ]

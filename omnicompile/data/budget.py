@@ -94,7 +94,7 @@ class Budget:
         return all(need <= room for need, room in zip(self.needs(size), self.room)) and self.deals([size])
 
     def deals(self, sizes: Iterable[Size]) -> bool:
-        """Whether whole images of these samples can be dealt out to `parts` ranks, each with its part of the patches."""
+        """Whether whole images of these samples can be dealt out to `parts` ranks, each with its part of patches."""
         if self.parts == 1:
             return True
         return pack([n for size in sizes for n in size.images], self.parts, self.patches // self.parts) is not None

@@ -14,9 +14,9 @@ from omnicompile.data.budget import Budget, Size
 from omnicompile.data.encode import Encoded, Encoder
 from omnicompile.data.policy import Policy
 from omnicompile.data.sample import BadSample, to_sample
-from omnicompile.data.sources import Source
+from omnicompile.data.sources import Source, first_kind
 from omnicompile.data.split import split
-from omnicompile.errors import OmniCompileError
+from omnicompile.errors import InputError, OmniCompileError
 
 log = logging.getLogger("omnicompile.data")
 _CACHE_BYTES = 1 << 29
@@ -157,15 +157,18 @@ def sizes_only(read: Read) -> Read:
     return replace(read, parts=())
 
 
-def sample_sizes(source: Source, encoder: Encoder, kind: str, count: int) -> list[Size]:
-    """Sizes of `count` samples of a source, evenly spread over it, for `suggest_budget`; those that cannot be read are
-    left out. Raises InputError for a source of mixed form."""
-    found = []
+def sample_sizes(source: Source, encoder: Encoder, count: int, bad: Policy = Policy.REFUSE) -> list[Size]:
+    """Sizes of `count` samples of a source, evenly spread over it, for `suggest_budget`; the same on every rank. Raises
+    InputError for a source of mixed form, and, by the policy, for a sample that cannot be read."""
+    kind, found = first_kind(source, bad), []
     for place in range(min(count, len(source))):
         number = place * len(source) // min(count, len(source))
         try:
             given = encoder(to_sample(source[number], kind, source.where(number)))
             found.append(Encoded.of(given).size)
         except BadSample as reason:
-            log.warning("not measured: %s: %s", source.where(number), reason)
+            if bad is Policy.REFUSE:
+                raise InputError(
+                    f"{source.where(number)}: {reason}; mend or remove it, or skip such samples"
+                ) from reason
     return found

@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 from samples import encode, records
 from tiny_models import dense_model, vision_language_model
 
-from omnicompile.data import Budget, Size, attention_weights, make_loader, suggest_budget
+from omnicompile.data import (
+    Budget,
+    Policy,
+    Size,
+    attention_weights,
+    make_loader,
+    open_source,
+    sample_sizes,
+    suggest_budget,
+)
 from omnicompile.data.balance import Weights, attention_cost, deal, deal_in_order, exchange
 from omnicompile.data.packing import Item, Pack, best_fit, fill, greedy
 from omnicompile.errors import InputError
@@ -155,6 +164,13 @@ def test_suggest_budget_follows_the_mix() -> None:
         suggest_budget([], 100)
     with pytest.raises(InputError, match="1 of 2 samples do not fit into 100 tokens"):
         suggest_budget([Size(10), Size(101)], 100)
+
+
+def test_sizes_of_a_source_are_measured_all_over_it() -> None:
+    source = open_source([{"text": f"{n} {-1 if n == 4 else n + 1}"} for n in range(8)])
+    assert [size.tokens for size in sample_sizes(source, encode, 4, Policy.SKIP)] == [1, 3, 7]
+    with pytest.raises(InputError, match=r"records\[4\]: its length is negative"):
+        sample_sizes(source, encode, 4)
 
 
 def test_budgets_that_cannot_be_are_refused() -> None:
