@@ -177,8 +177,8 @@ def compute_by_kind(model: StepModel, plan: Plan) -> dict[str, float]:
 @dataclass
 class Executed:
     """step: seconds of every repeat, the slowest rank's. cpu: CPU seconds of it, averaged over ranks. peak: bytes of a
-    rank's tensors, the most of all ranks, median of `peaks`, some steps'; held: of them between steps. compute: seconds of a profiled step's operators
-    by kind, on the first rank. losses: of every step."""
+    rank's tensors, the most of all ranks, median of `peaks`, some steps'; held: of them between steps. compute: seconds
+    of a profiled step's operators by kind, on the first rank. losses: of every step."""
 
     step: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)

@@ -404,3 +404,4 @@ def _overlap(draft: _Draft) -> None:
         is_modern(row) and draft.framework.overlap and not row.mentions(r"no ZeRO overlap|use_gradient_bucket=false")
     )
     layout["overlap_gradients"] = str(overlapped).lower()
+    layout["exchanges"] = "false"  # all-to-alls around attention and experts are waited for where they are

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from omnicompile.cli.arguments import add_cluster, add_model, add_workload, cluster_of, workload_of
@@ -68,11 +69,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _why(result: PlanResult) -> list[str]:
+    from omnicompile.planner.overlaps import gain_lines
+
     best = result.plans[0]
     lines = [f"the best plan: {describe(best)}", *(f"  {note}" for note in best.notes)]
     for plan, lost in zip(result.plans[1:], result.lost_because[1:]):
         lines.append(f"{describe(plan, best)}: {lost}")
-    return lines
+    lines.append("communication beside compute, each way on only where the simulation gains:")
+    return [*lines, *gain_lines(result.gains)]
 
 
 def _why_not(best: Plan, other: Plan | None, reason: str, asked: dict[str, str]) -> list[str]:
@@ -91,7 +95,7 @@ def _why_not(best: Plan, other: Plan | None, reason: str, asked: dict[str, str])
 def _json(free: PlanResult, other: Plan | None, reason: str) -> dict[str, Any]:
     best = free.plans[0]
     view: dict[str, Any] = {"best": fields_of(best), "step_seconds": prediction(best).step_seconds}
-    view |= {"notes": list(best.notes), "refused": free.refused}
+    view |= {"notes": list(best.notes), "refused": free.refused, "overlap": [asdict(gain) for gain in free.gains]}
     if other is not None:
         view["other"] = comparison_json(other, best)
     elif reason:

@@ -14,6 +14,7 @@ from omnicompile.errors import InfeasibleError, PlanError
 from omnicompile.plan import Mesh, Plan
 from omnicompile.planner.explain import infeasible_message, why_lost, with_notes
 from omnicompile.planner.leaner import leaner_note
+from omnicompile.planner.overlaps import Gain, overlap_gains
 from omnicompile.planner.pins import Pins, parse_pins
 from omnicompile.planner.predict import predict
 from omnicompile.planner.solver import Solver
@@ -36,7 +37,8 @@ def silent(_: str) -> None:
 @dataclass(frozen=True)
 class PlanResult:
     """plans: the best, then the next best found. lost_because: one line per plan ("" for the best). explored: plans in
-    the space. simulated: how many of them were simulated. seconds: wall time by stage."""
+    the space. simulated: how many of them were simulated. seconds: wall time by stage. gains: what each way to overlap
+    gains for the best."""
 
     plans: list[Plan]
     program: Program
@@ -45,6 +47,7 @@ class PlanResult:
     lost_because: list[str]
     simulated: int = 0
     refused: dict[str, str] = field(default_factory=dict)
+    gains: tuple[Gain, ...] = ()
 
 
 def plan_source(
@@ -87,7 +90,8 @@ def plan_program(
         plans[0] = replace(plans[0], notes=(*plans[0].notes, leaner))
     lost = ["", *(why_lost(plan, plans[0]) for plan in plans[1:])]
     seconds = {"plan": time.perf_counter() - started}
-    return PlanResult(plans, program, solution.explored, seconds, lost, solution.simulated, search.space.refused)
+    gains = overlap_gains(plans[0], search.solver.model)
+    return PlanResult(plans, program, solution.explored, seconds, lost, solution.simulated, search.space.refused, gains)
 
 
 def min_gpus(

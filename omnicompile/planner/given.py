@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 
 from omnicompile.cluster import Cluster
 from omnicompile.errors import PlanError
-from omnicompile.plan import BlockPlan, Layout, Mesh, Plan, Stack
+from omnicompile.plan import BlockPlan, Layout, Mesh, Overlap, Plan, Stack
 from omnicompile.planner.pins import BLOCK_FIELDS, Pins, parse_pins
 from omnicompile.planner.rules import frozen_blocks, has_experts, sequence_refusal
 from omnicompile.program import Block, Program
@@ -35,7 +35,7 @@ def given_plan(
     frozen = frozen_blocks(program, workload.freeze)
     blocks = {block.name: _block(program, block, mesh, pins, block.name in frozen) for block in program.blocks}
     plan = Plan(name or program.source, cluster, workload, mesh, blocks, micro_batch, accumulation)
-    plan = replace(plan, **step, stack=Stack(**pins.stack))
+    plan = replace(plan, **step, stack=Stack(**pins.stack), overlap=Overlap(**pins.overlap))
     return replace(plan, notes=tuple(f"priced, not executable yet: {choice}" for choice in not_executable(plan)))
 
 

@@ -8,7 +8,7 @@ from enum import StrEnum
 from typing import Any
 
 from omnicompile.errors import PlanError
-from omnicompile.plan import OURS, BlockPlan, Layout, LossHead, Mesh, Sharding, Stack
+from omnicompile.plan import OURS, BlockPlan, Layout, LossHead, Mesh, Overlap, Sharding, Stack
 from omnicompile.program import Program, Recompute
 from omnicompile.schema import field_types
 
@@ -25,6 +25,7 @@ STEP_FIELDS: dict[str, Parser] = {
     "priced": bool,
 }
 STACK_FIELDS: dict[str, Parser] = field_types(Stack)
+OVERLAP_FIELDS: dict[str, Parser] = field_types(Overlap)
 BLOCK_FIELDS: dict[str, Parser] = {
     "sharding": Sharding,
     "layout": Layout,
@@ -39,12 +40,14 @@ BLOCK_FIELDS: dict[str, Parser] = {
 
 @dataclass(frozen=True)
 class Pins:
-    """Pinned values: of the mesh, of the step, of each block and of the software stack, by field name."""
+    """Pinned values: of the mesh, of the step, of each block, of the software stack and of what overlaps, by field
+    name."""
 
     mesh: dict[str, int] = field(default_factory=dict)
     step: dict[str, Any] = field(default_factory=dict)
     blocks: dict[str, dict[str, Any]] = field(default_factory=dict)
     stack: dict[str, Any] = field(default_factory=dict)
+    overlap: dict[str, Any] = field(default_factory=dict)
 
     def allows_block(self, name: str, plan: BlockPlan) -> bool:
         wanted = self.blocks.get(name, {})
@@ -62,10 +65,11 @@ class Pins:
         parts = [f"mesh.{k}={v}" for k, v in self.mesh.items()] + [f"{k}={v}" for k, v in self._chosen.items()]
         parts += [f"{block}.{k}={v}" for block, values in self.blocks.items() for k, v in values.items()]
         parts += [f"stack.{k}={v}" for k, v in self.stack.items()]
+        parts += [f"overlap.{k}={v}" for k, v in self.overlap.items()]
         return ", ".join(parts)
 
     def __bool__(self) -> bool:
-        return bool(self.mesh or self._chosen or self.blocks or self.stack)
+        return bool(self.mesh or self._chosen or self.blocks or self.stack or self.overlap)
 
     @property
     def _chosen(self) -> dict[str, Any]:
@@ -83,12 +87,15 @@ def parse_pins(pins: Mapping[str, str], program: Program) -> Pins:
             parsed.mesh[name] = _value(key, name, dict.fromkeys(MESH_FIELDS, int), text, "")
         elif owner == "stack" or (not owner and name in STACK_FIELDS):
             parsed.stack[name] = _value(key, name, STACK_FIELDS, text, "")
+        elif owner == "overlap" or (not owner and name in OVERLAP_FIELDS):
+            parsed.overlap[name] = _value(key, name, OVERLAP_FIELDS, text, "")
         elif owner in ("", "step"):
             parsed.step[name] = _value(key, name, STEP_FIELDS, text, f"or a field of {', '.join(['mesh', *names])}")
         elif owner in names:
             parsed.blocks.setdefault(owner, {})[name] = _value(key, name, BLOCK_FIELDS, text, "")
         else:
-            raise PlanError(f"pin {key}: no block {owner!r}; there are {', '.join(['mesh', 'step', 'stack', *names])}")
+            others = ["mesh", "step", "stack", "overlap", *names]
+            raise PlanError(f"pin {key}: no block {owner!r}; there are {', '.join(others)}")
     return parsed
 
 

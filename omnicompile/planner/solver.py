@@ -156,6 +156,7 @@ class Solver:
             accumulation=combination.point.accumulation,
             loss_head=heads[0] if heads else self.space.loss_heads[0],
             offload_optimizer=combination.offload_optimizer,
+            overlap=combination.point.overlap,
         )
 
     def tables(self, point: Point, offload_optimizer: bool) -> list[BlockTable] | None:
@@ -166,6 +167,7 @@ class Solver:
             DTYPE_BYTES[self.base.param_dtype],
             DTYPE_BYTES[self.base.reduce_dtype],
             accumulates=point.accumulation > 1,
+            overlap=point.overlap,
         )
         tables = []
         for block in self._blocks:
@@ -327,4 +329,5 @@ def plan_key(plan: Plan) -> str:
     mesh = plan.mesh
     numbers = (mesh.dp_replicate, mesh.sp, mesh.ep, plan.accumulation)
     blocks = "/".join(f"{b.sharding}:{b.layout}:{b.recompute}:{b.offload}" for b in plan.blocks.values())
-    return "/".join(f"{n:06d}" for n in numbers) + "/" + blocks
+    overlap = "".join(f"{int(value):03d}" for value in vars(plan.overlap).values())
+    return "/".join(f"{n:06d}" for n in numbers) + "/" + blocks + "/" + overlap

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field
+from typing import Any
 
 from omnicompile.cluster import Cluster
 from omnicompile.cost_model.step_price import DTYPE_BYTES
 from omnicompile.errors import PlanError
-from omnicompile.plan import BlockPlan, Layout, LossHead, Mesh, Sharding
+from omnicompile.plan import BlockPlan, Layout, LossHead, Mesh, Overlap, Sharding
 from omnicompile.planner.pins import Pins, refuse_priced_only
 from omnicompile.planner.rules import (
     block_refusal,
@@ -28,11 +29,12 @@ from omnicompile.workload import Workload
 
 @dataclass(frozen=True)
 class Point:
-    """One mesh and micro-batch; within it each block is chosen."""
+    """One mesh and micro-batch, and what overlaps; within it each block is chosen."""
 
     mesh: Mesh
     micro_batch: int
     accumulation: int
+    overlap: Overlap = field(default_factory=Overlap)
 
 
 @dataclass
@@ -92,8 +94,17 @@ class Space:
                 accumulation = samples // micro_batch
                 allowed = self.pins.allows_step("micro_batch", micro_batch)
                 if allowed and self.pins.allows_step("accumulation", accumulation):
-                    points.append(Point(mesh, micro_batch, accumulation))
+                    overlaps = self._overlaps(mesh, accumulation)
+                    points += [Point(mesh, micro_batch, accumulation, overlap) for overlap in overlaps]
         return points
+
+    def _overlaps(self, mesh: Mesh, accumulation: int) -> list[Overlap]:
+        """Ways to overlap that may differ in time on this mesh; pinned ones always."""
+        choices: dict[str, tuple[Any, ...]] = {
+            "replica_sums": (False, True) if mesh.world > 1 and accumulation == 1 else (False,),
+        }
+        choices |= {name: (value,) for name, value in self.pins.overlap.items()}
+        return [Overlap(**dict(zip(choices, values))) for values in itertools.product(*choices.values())]
 
     def _meshes(self) -> list[Mesh]:
         meshes = []

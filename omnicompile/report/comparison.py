@@ -20,6 +20,7 @@ def fields_of(plan: Plan) -> dict[str, str]:
     found = {f"mesh.{name}": str(value) for name, value in vars(plan.mesh).items()}
     found |= {"micro_batch": str(plan.micro_batch), "accumulation": str(plan.accumulation)}
     found |= {"loss_head": str(plan.loss_head), "offload_optimizer": str(plan.offload_optimizer).lower()}
+    found |= {f"overlap.{name}": str(value).lower() for name, value in vars(plan.overlap).items()}
     found |= {f"stack.{name}": str(value) for name, value in vars(plan.stack).items() if value != vars(OURS)[name]}
     for block, choices in plan.blocks.items():
         found |= {f"{block}.{name}": str(value) for name, value in vars(choices).items()}

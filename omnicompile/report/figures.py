@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 
 from omnicompile.cluster import Cluster
-from omnicompile.plan import BlockPlan, Layout, Mesh, Plan, Prediction, Sharding, Stack
+from omnicompile.plan import BlockPlan, Layout, Mesh, Overlap, Plan, Prediction, Sharding, Stack
 from omnicompile.program import Program, Segment
 from omnicompile.report.units import count_text, plural
 
@@ -115,7 +115,16 @@ def option_words(plan: Plan) -> str:
         f"{plan.loss_head.value} loss head",
     ]
     words += ["optimizer offloaded"] if plan.offload_optimizer else []
-    return ", ".join([*words, *stack_words(plan.stack)])
+    return ", ".join([*words, *overlap_words(plan.overlap), *stack_words(plan.stack)])
+
+
+def overlap_words(overlap: Overlap) -> list[str]:
+    """What differs from the plainest way to run communication beside compute."""
+    words = [] if overlap.exchanges else ["exchanges waited for at once"]
+    words += [f"attention in {overlap.head_groups} groups of heads"] if overlap.head_groups > 1 else []
+    words += [f"experts in {overlap.expert_chunks} chunks"] if overlap.expert_chunks > 1 else []
+    words += [f"parameters gathered {overlap.prefetch} units ahead"] if overlap.prefetch > 1 else []
+    return words + (["replica sums in the backward"] if overlap.replica_sums else [])
 
 
 def stack_words(stack: Stack) -> list[str]:
@@ -172,6 +181,8 @@ def differences(plan: Plan, best: Plan) -> list[str]:
         words.append(f"{plan.loss_head.value} loss head")
     if plan.offload_optimizer != best.offload_optimizer:
         words.append("optimizer " + ("offloaded" if plan.offload_optimizer else "not offloaded"))
+    if plan.overlap != best.overlap:
+        words.append(", ".join(overlap_words(plan.overlap)) or "overlap as by default")
     if plan.stack != best.stack:
         words.append("stack: " + (", ".join(stack_words(plan.stack)) or "as executed"))
     for name, block in plan.blocks.items():

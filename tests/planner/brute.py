@@ -12,7 +12,7 @@ from synthetic import random_program
 from omnicompile.cluster import Cluster
 from omnicompile.cost_model.step_model import StepModel
 from omnicompile.errors import PlanError
-from omnicompile.plan import BlockPlan, Layout, LossHead, Mesh, Plan, Sharding
+from omnicompile.plan import BlockPlan, Layout, LossHead, Mesh, Overlap, Plan, Sharding
 from omnicompile.planner.predict import simulate
 from omnicompile.program import Program, Recompute
 from omnicompile.workload import Workload
@@ -64,10 +64,10 @@ def every_plan(case: Case) -> Iterator[Plan]:
         blocks = [block_plans(sp, ep if expert[n] else 1, n in workload.freeze, of(case.pins, n)) for n in names]
         for micro_batch in factors(samples):
             accumulation = samples // (micro_batch * mesh.data_ranks)
-            for *chosen, head, offload in itertools.product(*blocks, LossHead, (False, True)):
+            for *chosen, head, offload, inside in itertools.product(*blocks, LossHead, (False, True), (False, True)):
                 plan = Plan(
                     program.source, cluster, workload, mesh, dict(zip(names, chosen)), micro_batch, accumulation, head,
-                    offload,
+                    offload, overlap=Overlap(replica_sums=inside),
                 )  # fmt: skip
                 if all(str(vars(plan)[name]).lower() == value for name, value in step.items()):
                     yield plan

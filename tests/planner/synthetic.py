@@ -34,8 +34,8 @@ WEIGHT, INPUT = frozenset({"weight"}), frozenset({"input"})
 
 @dataclass(frozen=True)
 class Stack:
-    """A transformer stack. tokens: rows; pairs: attention pairs. experts = 0: dense. fused: one product makes query, key
-    and value."""
+    """A transformer stack. tokens: rows; pairs: attention pairs. experts = 0: dense. fused: one product makes query,
+    key and value."""
 
     block: str
     layers: int

@@ -40,7 +40,8 @@ def test_the_pins_of_the_note_give_what_it_says() -> None:
     slower = leaner.prediction.step_seconds / plan.prediction.step_seconds - 1
     assert saved == pytest.approx(float(match[1]), abs=0.06) and slower <= 0.005
     assert slower == pytest.approx(float(match[2]) / 100, abs=6e-5)
-    assert note_of(planned(program, everything | {"loss_head": "chunked", "vision.recompute": "full"})) == ""
+    everything |= {"loss_head": "chunked", "vision.recompute": "full", "vision.sharding": "fsdp"}
+    assert note_of(planned(program, everything)) == ""
 
 
 def _with(plan: Plan, changed: dict[str, str]) -> Plan:

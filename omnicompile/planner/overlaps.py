@@ -1,0 +1,88 @@
+"""What each way of running communication beside compute gains for a plan, by the same simulation as the search."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from omnicompile.cost_model.step_model import StepModel
+from omnicompile.plan import Overlap, Plan, Prediction, Sharding
+from omnicompile.planner.predict import simulate
+from omnicompile.planner.rules import has_experts
+
+_OFF = Overlap(exchanges=False)
+
+
+@dataclass(frozen=True)
+class Gain:
+    """One field of `Overlap`. value: the plan's. other: the value that it is compared with (off; on where the plan has
+    it off). seconds, other_seconds: of a step. reason: why it cannot matter, or ""."""
+
+    name: str
+    value: bool | int
+    other: bool | int
+    seconds: float
+    other_seconds: float
+    reason: str = ""
+
+    @property
+    def on(self) -> bool:
+        return self.value != vars(_OFF)[self.name]
+
+
+def overlap_gains(plan: Plan, model: StepModel) -> tuple[Gain, ...]:
+    """plan: simulated."""
+    assert plan.prediction is not None
+    seconds = plan.prediction.step_seconds
+    found = []
+    for name, value in vars(plan.overlap).items():
+        if name == "prefetch":
+            continue
+        off = vars(_OFF)[name]
+        other = off if value != off else _on(name)
+        reason = _pointless(name, plan, model)
+        changed = seconds
+        if not reason:
+            predicted = simulate(model.program, replace(plan, overlap=replace(plan.overlap, **{name: other})), model)
+            changed = _seconds(predicted.prediction)
+        found.append(Gain(name, value, other, seconds, changed, reason))
+    return tuple(found)
+
+
+def _on(name: str) -> bool | int:
+    return 2 if name in ("head_groups", "expert_chunks") else True
+
+
+def _seconds(prediction: Prediction | None) -> float:
+    assert prediction is not None
+    return prediction.step_seconds
+
+
+def _pointless(name: str, plan: Plan, model: StepModel) -> str:
+    exchanges = any(block.sp > 1 for block in plan.blocks.values())
+    experts = plan.mesh.ep > 1 and any(has_experts(model.program, block) for block in plan.blocks)
+    if name == "exchanges" and not (exchanges or experts):
+        return "no exchanges (sp = 1, ep = 1)"
+    if name == "head_groups" and not exchanges:
+        return "heads are not exchanged (sp = 1)"
+    if name == "expert_chunks" and not experts:
+        return "rows of experts are not exchanged (ep = 1)"
+    shared = plan.mesh.world > 1 and any(block.sharding is not Sharding.FSDP for block in plan.blocks.values())
+    if name == "replica_sums" and not (shared or plan.mesh.dp_replicate > 1):
+        return "no parameters with replicas"
+    if name == "replica_sums" and plan.accumulation > 1:
+        return "gradients are summed over micro-steps first"
+    return ""
+
+
+def gain_lines(gains: tuple[Gain, ...]) -> list[str]:
+    """A line each: what is on and what it gains; what is off and what it would."""
+    lines = []
+    for gain in gains:
+        state = f"{gain.name}={str(gain.value).lower()}"
+        if gain.reason:
+            lines.append(f"  {state}: {gain.reason}")
+            continue
+        change = gain.other_seconds / gain.seconds - 1
+        how = "as fast" if abs(change) < 5e-5 else f"{abs(change):.2%} {'slower' if change > 0 else 'faster'}"
+        lines.append(f"  {state}: with {str(gain.other).lower()} the step is {how} ({gain.other_seconds:.3f} s)")
+    return lines

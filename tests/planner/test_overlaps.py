@@ -1,0 +1,64 @@
+"""What overlapping gains, and that the search turns on what does."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import synthetic
+
+from omnicompile.cluster import Cluster
+from omnicompile.cost_model.step_model import StepModel
+from omnicompile.errors import PlanError
+from omnicompile.plan import Overlap, Plan
+from omnicompile.planner.api import PlanResult, plan_program
+from omnicompile.planner.overlaps import gain_lines
+from omnicompile.planner.predict import simulate
+from omnicompile.program import Program
+from omnicompile.workload import Workload
+
+
+def planned(program: Program, **pins: str) -> PlanResult:
+    workload = Workload(program.sample.seq_len, global_batch=64)
+    return plan_program(program, Cluster(64), workload, {k.replace("__", "."): v for k, v in pins.items()})
+
+
+def seconds(program: Program, plan: Plan) -> float:
+    prediction = simulate(program, plan, StepModel(program, plan.cluster)).prediction
+    assert prediction is not None
+    return prediction.step_seconds
+
+
+def test_each_gain_is_that_of_a_simulated_plan() -> None:
+    program = synthetic.dense_lm(32768)
+    result = planned(program, mesh__sp="4")
+    best = result.plans[0]
+    assert best.prediction is not None and best.overlap.exchanges
+    gains = {gain.name: gain for gain in result.gains}
+    late = replace(best, overlap=replace(best.overlap, exchanges=False))
+    assert gains["exchanges"].other_seconds == seconds(program, late) > best.prediction.step_seconds
+    assert gains["exchanges"].on and not gains["exchanges"].reason
+    assert gains["expert_chunks"].reason
+    text = "\n".join(gain_lines(result.gains))
+    assert "exchanges=true: with false the step is" in text and "slower" in text
+
+
+def test_sums_over_replicas_are_in_the_backward_only_where_they_gain() -> None:
+    program = synthetic.vision_language_72b()
+    pins = {"mesh__sp": "1", "mesh__dp_replicate": "4", "micro_batch": "1", "vision__sharding": "replicate"}
+    result = planned(program, **pins)
+    best = result.plans[0]
+    both = {
+        inside: seconds(program, replace(best, overlap=replace(best.overlap, replica_sums=inside)))
+        for inside in (False, True)
+    }
+    assert best.overlap.replica_sums == (both[True] < both[False])
+    assert seconds(program, best) == min(both.values())
+
+
+def test_pins_of_overlap_are_kept() -> None:
+    program = synthetic.dense_lm(32768)
+    best = planned(program, mesh__sp="4", overlap__exchanges="false").plans[0]
+    assert best.overlap == Overlap(exchanges=False)
+    with pytest.raises(PlanError, match="must be true or false"):
+        planned(program, exchanges="maybe")
