@@ -14,6 +14,10 @@ from omnicompile.data.read import Cache, Pool, Read, sizes_only
 from omnicompile.data.stream import Stream
 from omnicompile.errors import InputError
 
+_MOST_KNOWN = (
+    1 << 20
+)  # samples whose sizes are kept for later epochs; the same on all ranks, as what they measure must be
+
 
 class Measured:
     """Gives `Read`s without tensors, position by position. chunk: positions of one exchange. group: of all ranks, for
@@ -57,13 +61,16 @@ class Measured:
         return numbers[dist.get_rank(self._group) :: dist.get_world_size(self._group)]
 
     def _finish(self) -> None:
+        found: dict[int, Read] = {}
         if self._started:
-            mine = self._mine(self._started)
-            found = dict(zip(mine, self._pool.finish()))
-            for number, read in found.items():
+            mine = dict(zip(self._mine(self._started), self._pool.finish()))
+            for number, read in mine.items():
                 self._cache.put(number, read)
-            self._known |= self._exchanged({number: sizes_only(read) for number, read in found.items()})
-        self._ready.extend(self._known[number] for number in self._ahead)
+            found = self._exchanged({number: sizes_only(read) for number, read in mine.items()})
+        # What is known already is not in `found`, and never forgotten, so it is still known.
+        self._ready.extend(found[n] if n in found else self._known[n] for n in self._ahead)
+        if len(self._known) + len(found) <= _MOST_KNOWN:
+            self._known |= found
         self._started = None
 
     def _exchanged(self, mine: dict[int, Read]) -> dict[int, Read]:

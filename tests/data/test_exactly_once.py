@@ -41,6 +41,7 @@ CASES: dict[str, Any] = {
     "seed": st.integers(0, 5),
     "balance": st.booleans(),
     "shuffle": st.booleans(),
+    "changed": st.booleans(),
 }
 
 
@@ -59,9 +60,9 @@ def test_every_sample_once_per_epoch_in_many_cases(**case: Any) -> None:
 
 def _check_exactly_once(
     count: int, packs: int, tokens: int, segments: int, look_ahead: int, stops: list[int], seed: int, balance: bool,
-    shuffle: bool,
+    shuffle: bool, changed: bool,
 ) -> None:  # fmt: skip
-    """Interrupted after each of `stops` steps, with 4, 2 and 1 ranks in turn."""
+    """Interrupted after each of `stops` steps, with 4, 2 and 1 ranks in turn; changed: also with other packing."""
     budget = Budget(tokens, 192, segments=segments, merge=2)
     options: dict[str, Any] = {
         "packs": packs, "look_ahead": look_ahead, "seed": seed, "balance": balance, "shuffle": shuffle, "epochs": 2,
@@ -70,6 +71,9 @@ def _check_exactly_once(
     seen: list[tuple[tuple[int, int, int], ...]] = []
     state = None
     for number, stop in enumerate([*stops, None]):
+        if changed and number:
+            options |= {"look_ahead": look_ahead + 3 * number, "packs": (4, 8)[number % 2], "balance": not balance}
+            budget = Budget(tokens + 16 * number, 192, segments=segments, merge=2)
         loaders = _loaders((4, 2, 1)[number % 3], count, budget, **options)
         for loader in loaders:
             if state is not None:
@@ -88,7 +92,7 @@ def _check_exactly_once(
         state = loaders[0].state_dict()
     counts = Counter(key for keys in seen for key in keys)
     assert counts == Counter((epoch, number, 0) for epoch in range(2) for number in range(count))
-    assert seen == whole
+    assert changed or seen == whole
 
 
 def test_ranks_get_different_rows_that_make_up_the_global_batch() -> None:
