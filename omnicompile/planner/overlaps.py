@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from omnicompile.cost_model.step_model import StepModel
 from omnicompile.plan import Overlap, Plan, Prediction, Sharding
@@ -42,8 +43,9 @@ def overlap_gains(plan: Plan, model: StepModel) -> tuple[Gain, ...]:
         reason = _pointless(name, plan, model)
         changed = seconds
         if not reason:
-            predicted = simulate(model.program, replace(plan, overlap=replace(plan.overlap, **{name: other})), model)
-            changed = _seconds(predicted.prediction)
+            changes: dict[str, Any] = {name: other}
+            candidate = replace(plan, overlap=replace(plan.overlap, **changes))
+            changed = _seconds(simulate(model.program, candidate, model).prediction)
         found.append(Gain(name, value, other, seconds, changed, reason))
     return tuple(found)
 
