@@ -54,12 +54,28 @@ class Renamed:
         return self.key
 
 
+class _AskedModel:
+    """Tells whether an operation has looked at more of a model than its configuration."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self.config = model.config
+        self.asked = False
+
+    def __getattr__(self, name: str) -> Any:
+        self.asked = True
+        return getattr(self._model, name)
+
+
 class Converted:
-    """Parameters that operations of transformers make of tensors of the checkpoint. first: name of the first one."""
+    """Parameters that operations of transformers make of tensors of the checkpoint. first: name of the first one.
+
+    Operations that look at the model do so to compare whole shapes: their sources are read whole.
+    """
 
     def __init__(self, first: str, converter: Any, sources: Sequence[Source], model: Any) -> None:
         """Raises InputError when the operations do not take these sources."""
-        self._first, self._converter, self._model = first, converter, model
+        self._first, self._converter, self._model = first, converter, _AskedModel(model)
         self._sources = list(sources)
         try:
             made = self._run([torch.empty(source.shape, device="meta") for source in sources], range(len(sources)))
@@ -101,6 +117,8 @@ class Converted:
     def _parts(self, name: str, part: Part) -> dict[int, Part] | None:
         """Of the sources that are needed, the parts of which the operations make `part` of `name`; None if there are no
         such parts. A dimension of a source that the wanted part is cut along is cut, of any other all is taken."""
+        if self._model.asked:
+            return None
         shape = self._shapes[name]
         cut = [dim for dim, (there, size) in enumerate(zip(part, shape)) if there != slice(0, size)]
         for drivers in itertools.product(*(self._drivers(name, dim) for dim in cut)):
@@ -197,10 +215,23 @@ def conversions(model: Any, own: Mapping[str, Tensor], folder: SafetensorsFolder
             plain.append(Renamed(name, key))
         else:
             collected.setdefault(name, []).append(Source(key, pattern, folder.shape(key)))
-    made = [
-        Converted(first, by_pattern[sources[0].pattern], sources, model) for first, sources in collected.items()
-    ]
-    return [*plain, *made], unexpected
+    for name, sources in collected.items():
+        plain.append(_settled(name, by_pattern[sources[0].pattern], sources, model, own[name].shape))
+    return plain, unexpected
+
+
+def _settled(name: str, converter: Any, sources: Sequence[Source], model: Any, own: Sequence[int]) -> Conversion:
+    """The conversion of `sources`. A transposition that depends on whether the shape already fits is decided here, by
+    the whole shapes."""
+    from transformers.core_model_loading import Transpose
+
+    operations = converter.operations
+    if len(operations) == 1 and isinstance(operations[0], Transpose) and operations[0].check_dims:
+        if sources[0].shape == tuple(own):
+            return Renamed(name, sources[0].key)
+        always = Transpose(operations[0].dim0, operations[0].dim1)
+        converter = converter.copy(converter.source_patterns, converter.target_patterns, operations=[always])
+    return Converted(name, converter, sources, model)
 
 
 def by_file(found: Sequence[Conversion], folder: SafetensorsFolder) -> list[Conversion]:

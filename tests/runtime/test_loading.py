@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from passes.models import stacked_mixture_vl_model
 from rank_stores import specs_of, store_of
 from safetensors.torch import load_file, save_file
 from tiny_models import dense_model, mixture_model, vision_language_model
@@ -26,7 +27,7 @@ from omnicompile.runtime.safetensors_folder import SafetensorsFolder
 from omnicompile.runtime.weights import Initialized, InitialValues, materialized
 
 MESHES = [Mesh(dp_shard=4), Mesh(dp_replicate=3), Mesh(dp_shard=2, sp=2, ep=2), Mesh(dp_shard=4, ep=4)]
-MODELS = {"images": vision_language_model, "experts": mixture_model}
+MODELS = {"images": vision_language_model, "experts": mixture_model, "square experts": stacked_mixture_vl_model}
 
 
 def tied_model() -> Any:
@@ -133,6 +134,25 @@ def test_what_does_not_fit_is_refused_by_name(
         Pretrained.of(on_meta(model), changed(folder, tmp_path / "changed", change), 0)
 
 
+def test_experts_that_an_old_checkpoint_has_transposed(
+    folders: dict[str, tuple[nn.Module, Path]], tmp_path: Path
+) -> None:
+    """transformers transposes where the shape does not fit: a part of the shape must not decide that."""
+    model, folder = folders["square experts"]
+    key = "model.language_model.layers.0.mlp.experts.down_proj"
+
+    def transpose(tensors: dict[str, Tensor]) -> None:
+        tensors[key] = tensors[key].transpose(1, 2).contiguous()
+
+    old = changed(folder, tmp_path / "old", transpose)
+    specs = specs_of(model, MESHES[2])
+    for rank in range(4):
+        store, values = store_of(MESHES[2], rank, specs), Pretrained.of(on_meta(model), old, 0)
+        values.fill(store, [key])
+        assert torch.equal(store.local[key], specs[key].local_of(model.get_parameter(key).detach(), MESHES[2], rank))
+        assert values.folder.read_bytes == store.local[key].numel() * 4
+
+
 def test_what_transformers_ignores_is_ignored(folders: dict[str, tuple[nn.Module, Path]], tmp_path: Path) -> None:
     model, folder = folders["images"]
     values = Pretrained.of(on_meta(model), changed(folder, tmp_path / "old", added("model.rotary_emb.inv_freq")), 0)
@@ -157,8 +177,9 @@ def test_files_that_are_not_there_or_broken(folders: dict[str, tuple[nn.Module, 
 
 @pytest.mark.parametrize("make", [*MODELS.values(), tied_model, dense_model])
 def test_initial_values_are_the_same_in_parts_and_look_like_the_models_own(make: Any) -> None:
-    model = make()
-    meta = on_meta(model)
+    config = make().config
+    torch.manual_seed(0)
+    model, meta = type(make())(config), on_meta(make())
     alone = dict(materialized(meta, Initialized(meta, 3)).named_parameters())
     other = dict(materialized(meta, Initialized(meta, 4)).named_parameters())
     assert all(value.is_meta for value in meta.parameters())
@@ -279,6 +300,7 @@ def test_any_part_of_a_conversion_is_that_part_of_the_whole(
 MEASURE = """
 import resource, sys, torch
 sys.path[:0] = [{tests!r}]
+from passes.models import stacked_mixture_vl_model
 from rank_stores import specs_of, store_of
 from omnicompile.plan import Mesh
 from omnicompile.runtime.loading import Pretrained
