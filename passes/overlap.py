@@ -54,9 +54,9 @@ class _Unit:
     launches: list[fx.Node] = field(default_factory=list)
 
 
-def overlap_pass(gm: fx.GraphModule, gradients: Sequence[str]) -> Overlapped:
+def overlap_pass(gm: fx.GraphModule, gradients: Sequence[str], prefetch: int = 1) -> Overlapped:
     """Reorder a step graph in place. gradients: placeholders of the parameters whose gradients follow the loss in the
-    output.
+    output. prefetch: units ahead of use at which parameters are gathered.
 
     Before (layers 1 and 2, two parameters each):
         a1, b1 = wait(gather(p1)), wait(gather(q1)); y = f(x, a1, b1); a2, b2 = ...; z = f(y, a2, b2)
@@ -65,10 +65,10 @@ def overlap_pass(gm: fx.GraphModule, gradients: Sequence[str]) -> Overlapped:
         A1 = gather(p1, q1); a1, b1 = wait(A1); A2 = gather(p2, q2); y = f(x, a1, b1); a2, b2 = wait(A2); ...
         dy, da2 = df(z, a2, b2); G2 = scatter(da2, ...); dx, da1 = df(y, a1, b1); ga2 = wait(G2); G1 = scatter(da1, ...)
 
-    - The gather of a unit is launched while the unit before it computes, before the longest stretch of compute between
+    - The gather of a unit is launched while the unit `prefetch` before it computes, before the longest stretch of compute between
       other collectives of that unit (all-to-alls around attention or experts), so as not to stand in their way. It is
       waited for before the unit's first use, or before the element-wise work that leads to it, so as not to cut a
-      kernel. At most two units' parameters are whole at a time.
+      kernel. At most `prefetch` + 1 units' parameters are whole at a time.
     - The gradients of a unit are cast to the dtype they are reduced in, and scattered, when the last of them is there
       (and the kernel that it comes of has ended); they are waited for when a later unit's need the room, or at the end.
       A gradient that was ready to be computed more than a unit earlier is computed then: that of an embedding,
@@ -79,7 +79,7 @@ def overlap_pass(gm: fx.GraphModule, gradients: Sequence[str]) -> Overlapped:
     Safe: gathers depend only on placeholders, which a step graph does not write; scattered gradients are read by
     nothing but the output; all ranks run the same graph. Runs after the backward has its own gathers.
     """
-    return _Overlap(gm, gradients).run()
+    return _Overlap(gm, gradients, prefetch).run()
 
 
 def last_unit(gm: fx.GraphModule) -> set[str]:
@@ -122,7 +122,8 @@ def inputs_chain(node: fx.Node) -> list[fx.Node]:
 class _Overlap:
     """places: where moved nodes go: index of the node that they stand before or after, then order there."""
 
-    def __init__(self, gm: fx.GraphModule, gradients: Sequence[str]) -> None:
+    def __init__(self, gm: fx.GraphModule, gradients: Sequence[str], prefetch: int) -> None:
+        self.prefetch = prefetch
         self.gm, self.graph, self.gradients = gm, gm.graph, gradients
         self.index = _indices(gm.graph)
         self.nodes = list(gm.graph.nodes)
@@ -143,8 +144,8 @@ class _Overlap:
             unit.place = self._kernel_start(unit.place)
         gathers.sort(key=lambda unit: unit.place)
         before = sum(len(unit.launches) for unit in (*gathers, *scatters))
-        for earlier, unit in zip((None, *gathers), gathers):
-            self._gather(unit, earlier)
+        for i, unit in enumerate(gathers):
+            self._gather(unit, gathers[max(i - self.prefetch, 0) : i])
         for unit, waited in zip(scatters, self._waited(scatters)):
             self._scatter(unit, waited)
         self._reorder()
@@ -152,8 +153,12 @@ class _Overlap:
 
     # Gathers
 
-    def _gather(self, unit: _Unit, earlier: _Unit | None) -> None:
-        anchor = unit.place if earlier is None else self._window(earlier.place, unit.place)
+    def _gather(self, unit: _Unit, ahead: Sequence[_Unit]) -> None:
+        """Launched within the first of the units `ahead`; where there are fewer than `prefetch`, at its start."""
+        anchor = unit.place
+        if ahead:
+            end = ahead[1].place if len(ahead) > 1 else unit.place
+            anchor = self._window(ahead[0].place, end)
         order = -1 if anchor < unit.place else -3  # waits stand at -2
         for node in unit.launches:
             self._own_inputs(node)

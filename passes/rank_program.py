@@ -15,9 +15,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import fx
 
+from omnicompile.cluster import Cluster
 from omnicompile.errors import InputError
 from omnicompile.passes.placement import Placement
-from omnicompile.plan import BlockPlan, LossHead, Mesh
+from omnicompile.plan import BlockPlan, LossHead, Mesh, Overlap
 
 GROUP_PREFIX = "axes:"  # of a group argument that is not bound yet
 DATA_AXES = "dp_replicate,dp_shard,sp"
@@ -110,6 +111,9 @@ class RankProgram:
     log: list[str] = field(default_factory=list)
     aligned: dict[str, int] = field(default_factory=dict)
     done: tuple[str, ...] = ()
+    overlap: Overlap = Overlap()
+    cluster: Cluster | None = None  # what times are estimated for; None: the default GPUs
+    bound: dict[str, str] = field(default_factory=dict)  # names of process groups by axes string
 
     def group(self, axes: str) -> str:
         """The group argument of a collective over `axes`, to be bound late."""
@@ -141,8 +145,14 @@ class RankProgram:
         module = fx.GraphModule(self.gm, graph)
         return replace(
             self, gm=module, params=dict(self.params), inputs=dict(self.inputs), notes=list(self.notes),
-            groups=set(self.groups), log=list(self.log), aligned=dict(self.aligned),
+            groups=set(self.groups), log=list(self.log), aligned=dict(self.aligned), bound=dict(self.bound),
         )  # fmt: skip
+
+
+    def bind(self, names: Mapping[str, str]) -> None:
+        """Put the names of process groups in the place of axes strings, in place. names: by axes string."""
+        bind_groups(self.gm, names)
+        self.bound |= names
 
 
 def check_alignment(program: RankProgram, values: Mapping[str, torch.Tensor]) -> None:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, fx
 
 from omnicompile.passes.dropout_op import site_keys
-from omnicompile.passes.rank_program import BATCH_AXES, RankProgram, axis_coordinate, bind_groups, group_ranks
+from omnicompile.passes.rank_program import BATCH_AXES, RankProgram, axis_coordinate, group_ranks
 from omnicompile.torch_compat import local_ranks_mode, on_each_rank, ranked, start_fake_group
 
 # The whole value of a placeholder as the group of ranks with this data index sees it.
@@ -46,7 +46,7 @@ def bound_to_fake_groups(program: RankProgram) -> RankProgram:
     names = {}
     for axes in sorted(program.groups):
         names[axes] = dist.new_group(list(group_ranks(program.mesh, axes, 0))).group_name
-    bind_groups(bound.gm, names)
+    bound.bind(names)
     return bound
 
 

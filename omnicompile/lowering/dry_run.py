@@ -61,12 +61,16 @@ class DryRun:
 def dry_run(model: nn.Module, batch: Batch, plan: Plan) -> DryRun:
     """model: on the meta device. batch: as `full_batch` makes it. Raises what capturing and lowering raise."""
     full = full_program(model, batch, plan)
-    return dry_run_program(lower_forward(full.before), full.host, plan.cluster)
+    return dry_run_program(lower_forward(full.before), full.host, plan.cluster, plan.accumulation)
 
 
-def dry_run_program(program: RankProgram, host: Mapping[str, Tensor], cluster: Cluster) -> DryRun:
-    """program: lowered, groups not bound. host: metadata by placeholder, for the lengths of attention's segments."""
-    gm = trace_step(program).gm
+def dry_run_program(
+    program: RankProgram, host: Mapping[str, Tensor], cluster: Cluster, accumulation: int = 1
+) -> DryRun:
+    """program: lowered, groups not bound. host: metadata by placeholder, for the lengths of attention's segments.
+    accumulation: micro-steps; of several, the sum over replicas follows the last."""
+    step = trace_step(program, last=accumulation == 1)
+    gm = step.gm
     rows = balanced_rows(gm.graph)
     found = kernels(gm)
     peak = peak_bytes(gm, rows, [kernel.nodes for kernel in found], in_registers(found), in_flight=True)
@@ -84,7 +88,7 @@ def dry_run_program(program: RankProgram, host: Mapping[str, Tensor], cluster: C
         optimizer_bytes=_ADAM_STATES * sum(trained.values()),
         collectives=counted(gm.graph, rows),
         timeline=simulate(Schedule((Loop("step", tuple(_contending(tasks, gm.graph, prices)), 1),))),
-        replica_seconds=_replicas(program, trained, prices),
+        replica_seconds=_replicas(program, {n: b for n, b in trained.items() if n not in step.summed}, prices),
         update_seconds=prices.memory(sum(trained.values()) / 4 * OPTIMIZER_BYTES),
     )
 

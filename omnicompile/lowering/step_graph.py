@@ -94,8 +94,8 @@ def trace_step(program: RankProgram, last: bool = False) -> StepGraph:
     if program.overlap.exchanges:
         cluster = program.cluster or Cluster(gpus=program.mesh.world, gpus_per_node=program.mesh.world)
         clock = ExchangeClock.of(program.mesh, cluster, balanced_rows(gm.graph), program.bound)
-        schedule_exchanges_pass(gm, clock)
-    overlap_pass(gm, gradients)
+        schedule_exchanges_pass(gm, gradients, clock)
+    overlap_pass(gm, gradients, program.overlap.prefetch)
     no_ops_pass(gm)
     summed: set[str] = set()
     if last and program.overlap.replica_sums:

@@ -36,6 +36,7 @@ _COLLECTIVES = {
     _c10d.reduce_scatter_tensor.default: "reduce_scatter",
     _c10d.reduce_scatter_tensor_coalesced.default: "reduce_scatter",
     _c10d.all_reduce.default: "all_reduce",
+    _c10d.all_reduce_coalesced_.default: "all_reduce",
     _c10d.all_to_all_single.default: "all_to_all",
 }
 _ATTENTION = (_oc.attention.default, _oc.attention_backward.default)
@@ -97,8 +98,16 @@ class Prices:
     """Tasks of a step graph's kernels and collectives. host: metadata by placeholder, for the lengths of attention's
     segments."""
 
-    def __init__(self, mesh: Mesh, cluster: Cluster, host: Mapping[str, Tensor], rows: Rows) -> None:
+    def __init__(
+        self,
+        mesh: Mesh,
+        cluster: Cluster,
+        host: Mapping[str, Tensor],
+        rows: Rows,
+        bound: Mapping[str, str] | None = None,
+    ) -> None:
         self.mesh, self.per_node, self.host, self.rows = mesh, cluster.gpus_per_node, host, rows
+        self.axes = {name: axes for axes, name in (bound or {}).items()}
         self.hw: Hardware = load_hardware(cluster.gpu)
 
     def tasks(self, graph: fx.Graph, found: list[Kernel]) -> list[Task]:
@@ -117,12 +126,19 @@ class Prices:
                     yield Task(node.name, COMPUTE, seconds, kind_of(node), str(node.meta.get("block", "")))
 
     def _collective(self, node: fx.Node) -> list[Task]:
-        ranks, local = self._group(axes_of(node))
+        stream, seconds = self.collective(node)
+        ready = Task(f"{node.name}.ready", COMPUTE, 0.0, "wait")
+        kind = _COLLECTIVES[node.target]  # type: ignore[index]
+        return [ready, Task(node.name, stream, seconds, kind, after=(Dep(ready.name),))]
+
+    def collective(self, node: fx.Node) -> tuple[str, float]:
+        """(the stream that it runs on, seconds)"""
+        axes = axes_of(node)
+        ranks, local = self._group(self.axes.get(axes, axes))
         kind = _COLLECTIVES[node.target]  # type: ignore[index]
         tensors = len(node.args[0]) if isinstance(node.args[0], list | tuple) else 1
         seconds = collective_seconds(kind, volume(node, self.rows), ranks, local, self.hw, tensors=tensors)
-        ready = Task(f"{node.name}.ready", COMPUTE, 0.0, "wait")
-        return [ready, Task(node.name, channel(ranks, local), seconds, kind, after=(Dep(ready.name),))]
+        return channel(ranks, local), seconds
 
     def _group(self, axes: str) -> tuple[int, int]:
         """(ranks, of them on one node)"""
@@ -215,6 +231,23 @@ class Prices:
         return grouped_gemm_seconds(
             tokens / experts, whole.shape[1], whole.shape[2], experts, _dtype(first), self.hw
         )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ExchangeClock:
+    """The `Clock` by which exchanges are scheduled. Segments of attention, which differ by batch, count as one."""
+
+    prices: Prices
+
+    @classmethod
+    def of(cls, mesh: Mesh, cluster: Cluster, rows: Rows, bound: Mapping[str, str]) -> ExchangeClock:
+        return cls(Prices(mesh, cluster, {}, rows, bound))
+
+    def compute_seconds(self, node: fx.Node) -> float:
+        return self.prices.seconds(Kernel((node,)))
+
+    def exchange_seconds(self, node: fx.Node) -> tuple[str, float]:
+        return self.prices.collective(node)
 
 
 def _tensor(node: object) -> Tensor:

@@ -25,7 +25,7 @@ from omnicompile.lowering.graph_capture import LOSS_PART, CapturedForward, Lower
 from omnicompile.lowering.host_program import is_host_input
 from omnicompile.passes.chunked_loss import has_chunked_loss
 from omnicompile.passes.placement import Partial, Replicate, Shard
-from omnicompile.passes.rank_program import DATA_AXES, RankProgram, bind_groups
+from omnicompile.passes.rank_program import DATA_AXES, RankProgram
 from omnicompile.plan import LossHead, Plan
 from omnicompile.recompute import Recompute
 from omnicompile.runtime.agreement import MOST_LOSSES, require_same
@@ -172,7 +172,7 @@ class Engine:
         return self._programs[key]
 
     def _load(self, lowered: RankProgram, captured: CapturedForward) -> LoadedProgram:
-        bind_groups(lowered.gm, self.mesh.names(lowered.groups))
+        lowered.bind(self.mesh.names(lowered.groups))
         fixed: dict[str, Tensor] = {}
         for placeholder, spec in lowered.inputs.items():
             if spec.kind == "rank":
