@@ -241,12 +241,21 @@ def _adapter_initializers(module: nn.Module, configs: Mapping[str, Any]) -> list
     if not configs:
         return None
     from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
-    if not isinstance(module, LoraLayer):
+    if not isinstance(module, BaseTunerLayer):
         return None
     layer: nn.Module = module  # PEFT's layers are a module and this
-    calls: list[Callable[[], Any]] = []
     base = {id(child) for child in layer.get_submodule("base_layer").modules()}
+    if not isinstance(module, LoraLayer):
+        kept = {id(value) for value in layer.get_submodule("base_layer").parameters()}
+        if any(value.is_meta and id(value) not in kept for value in layer.parameters()):
+            raise InputError(
+                f"adapters of {type(module).__name__} are on the meta device, which works for LoRA only: load the base "
+                "model before get_peft_model"
+            )
+        return []
+    calls: list[Callable[[], Any]] = []
     for child in layer.modules():
         reset = _method(child, "reset_parameters")
         if reset is not None and child is not module and id(child) not in base:

@@ -342,3 +342,30 @@ def test_loading_holds_one_file_and_the_own_part(tmp_path: Path) -> None:
     print(f"peak {peak / mib:.0f} MiB: own {own / mib:.0f}, file {largest / mib:.0f}, model {whole / mib:.0f}")
     limit = own + largest + 2 * converted + 12 * mib  # its sources and result while one is converted, and the allocator
     assert own < peak < limit < whole / 2
+
+
+def test_adapters_that_cannot_be_initialized_on_the_meta_device() -> None:
+    import peft
+
+    orthogonal = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="orthogonal")
+    other = peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[])
+    for config, message in ((orthogonal, "'orthogonal'"), (other, "works for LoRA only")):
+        with torch.device("meta"):
+            model = peft.get_peft_model(on_meta(dense_model()), config)
+        with pytest.raises(InputError, match=message):
+            materialized(model, Initialized(model, 0))
+
+
+def test_adapters_get_the_initialization_of_peft() -> None:
+    import peft
+
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"])
+    model = peft.get_peft_model(on_meta(dense_model()), config)
+    made = dict(materialized(model, Initialized(model, 0)).named_parameters())
+    zero = [name for name, value in made.items() if not value.any()]
+    assert zero == [n for n in made if ".lora_B." in n or ".lora_embedding_A." in n]
+    bound = 1 / 32**0.5  # kaiming_uniform_ with a = sqrt(5), 32 inputs
+    values = torch.cat([value.flatten() for name, value in made.items() if ".lora_A." in name])
+    assert values.abs().max() <= bound and values.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
+    trained = [name for name, value in made.items() if value.requires_grad]
+    assert trained == [name for name in made if "lora_" in name]
