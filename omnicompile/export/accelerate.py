@@ -22,6 +22,7 @@ from omnicompile.export.rules import (
     never,
     of_main,
     only,
+    overlap,
     resharding,
     sharding,
 )
@@ -169,6 +170,7 @@ TARGET = Target(
         "step.offload_optimizer": _offload_optimizer,
         "step.param_dtype": _precision,
         "step.reduce_dtype": _reduce,
+        **overlap(TITLE, lambda plan, choice: mapped(why="FSDP2 and DDP do so")),
     },
     fixed=lambda plan: {"compute_environment": "LOCAL_MACHINE", "main_training_function": "main", "use_cpu": False},
     to_set=(

@@ -11,7 +11,7 @@ from typing import Any
 
 from omnicompile.export.choices import Choice, main_block, torchrun
 from omnicompile.export.report import Keys, Said, approximated, mapped, refused
-from omnicompile.export.rules import Rule, Target, block_degree, key, keys, layout, of_main, only, same
+from omnicompile.export.rules import Rule, Target, block_degree, key, keys, layout, of_main, only, overlap, same
 from omnicompile.plan import LossHead, Plan, Sharding
 from omnicompile.recompute import Recompute
 
@@ -177,6 +177,7 @@ TARGET = Target(
         "stack.pipeline_chunks": key("--num-virtual-stages-per-pipeline-rank"),
         "stack.expert_tp": keys(_experts),
         "stack.overlap_gradients": keys(_overlap),
+        **overlap(TITLE, key("--overlap-grad-reduce")),
     },
     fixed=lambda plan: {},
     to_set=(

@@ -50,6 +50,18 @@ def only(value: Any, why: str) -> Rule:
     return lambda plan, choice: mapped() if choice.value == value else refused(why.format(value=choice.value))
 
 
+def overlap(title: str, sums: Rule) -> dict[str, Rule]:
+    """Rules for what is not at its default of how communication runs beside compute. sums: of gradients over replicas
+    inside the backward."""
+    return {
+        "overlap.exchanges": never(title + " schedules its exchanges itself"),
+        "overlap.head_groups": never(title + " runs attention over all heads at once"),
+        "overlap.expert_chunks": never(title + " exchanges the rows of all experts at once"),
+        "overlap.prefetch": never(title + " has no setting for it in this configuration"),
+        "overlap.replica_sums": sums,
+    }
+
+
 def never(why: str) -> Rule:
     """The target's configuration does not hold it."""
     return lambda plan, choice: refused(why.format(value=choice.value))

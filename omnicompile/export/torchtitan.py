@@ -16,6 +16,7 @@ from omnicompile.export.rules import (
     layout,
     of_main,
     only,
+    overlap,
     resharding,
     same,
     sharding,
@@ -154,6 +155,7 @@ TARGET = Target(
         "step.param_dtype": _precision,
         "step.reduce_dtype": only("float32", "gradients are reduced in float32"),
         "stack.tp_sequence": key(f"{PARALLEL}.enable_sequence_parallel"),
+        **overlap(TITLE, lambda plan, choice: mapped(why="FSDP2 and DDP do so")),
     },
     fixed=lambda plan: {},
     to_set=(

@@ -16,6 +16,7 @@ from omnicompile.export.rules import (
     layout,
     must_be_one,
     of_main,
+    overlap,
     resharding,
     same,
     sharding,
@@ -109,6 +110,7 @@ TARGET = Target(
         "step.offload_optimizer": _offload_optimizer,
         "step.param_dtype": key(f"{FSDP}.mixed_precision.param_dtype"),
         "step.reduce_dtype": key(f"{FSDP}.mixed_precision.reduce_dtype"),
+        **overlap(TITLE, lambda plan, choice: mapped(why="FSDP2 and DDP do so")),
     },
     fixed=_fixed,
     to_set=(

@@ -19,7 +19,7 @@ from omnicompile.errors import InputError, PlanError
 from omnicompile.export import TARGETS, Export, Outcome, export_plan
 from omnicompile.export.choices import choices_of
 from omnicompile.export.veomni import nested
-from omnicompile.plan import BlockPlan, Layout, LossHead, Mesh, Plan, Sharding, Stack
+from omnicompile.plan import BlockPlan, Layout, LossHead, Mesh, Overlap, Plan, Sharding, Stack
 from omnicompile.recipe import STEP_FIELDS
 from omnicompile.recipes import Recipe, recipes
 from omnicompile.recompute import Recompute
@@ -81,6 +81,7 @@ def plans(draw: st.DrawFn) -> Plan:
         offload_optimizer=draw(st.booleans()),
         param_dtype=draw(st.sampled_from(("bfloat16", "float32", "float16"))),
         reduce_dtype=draw(st.sampled_from(("bfloat16", "float32"))),
+        overlap=Overlap(draw(st.booleans()), replica_sums=draw(st.booleans())),
     )
 
 
@@ -97,6 +98,7 @@ def exported(plan: Plan, target: str) -> Export | None:
 def test_a_target_has_a_rule_for_every_choice_there_is(target: str) -> None:
     wanted = {f"mesh.{f.name}" for f in fields(Mesh)} | {f"block.{f.name}" for f in fields(BlockPlan)}
     wanted |= {f"step.{name}" for name in STEP_FIELDS} | {"machine.gpus", "machine.gpus_per_node", "sample.seq_len"}
+    wanted |= {f"overlap.{f.name}" for f in fields(Overlap)}
     rules = set(TARGETS[target].rules)
     assert wanted <= rules
     assert rules - wanted <= {f"stack.{f.name}" for f in fields(Stack)}  # what few plans change is refused by default
