@@ -6,6 +6,9 @@
 
 Four processes run as two groups with their own images each; within a group two processes share every sequence
 (Ulysses), and parameters are sharded over all four. `--check` also trains the plain model on rank 0 and compares.
+
+This is a loop of one's own over batches made by hand. `omnicompile train` on `examples/train` does the same from files,
+with packing, checkpoints and evaluation (docs/training.md).
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 import omnicompile
 from omnicompile.plan import BlockPlan, Layout, Mesh, Plan
 from omnicompile.runtime.plain_module import PlainModule
+from omnicompile.train import train_step
 
 IMAGE_TOKEN, SAMPLES = 120, 4
 # Tokens, and height and width of each image in patches. The first sample fills the budget of 64 tokens and 96 patches;
@@ -79,24 +83,10 @@ def make_plan(world: int) -> Plan:
     )  # fmt: skip
 
 
-def train(model: torch.nn.Module, rounds: list[list[dict[str, Tensor]]], steps: int) -> list[float]:
-    """rounds: the micro-batches of this process, by micro-step. Returns the global loss of every step."""
+def train(model: torch.nn.Module, micro_batches: list[dict[str, Tensor]], steps: int) -> list[float]:
+    """micro_batches: of this process, all of one step. Returns the global loss of every step."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    targets = model.count_targets([batch for micro in rounds for batch in micro])
-    losses = []
-    for _ in range(steps):
-        total = 0.0
-        for index, micro in enumerate(rounds):
-            for batch in micro:
-                with model.accumulate(last=index == len(rounds) - 1, targets=targets):
-                    loss = model(**batch).loss
-                    loss.backward()
-                total += loss.item()
-        model.clip_grad_norm_(1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(total)
-    return losses
+    return [train_step(model, optimizer, micro_batches, clip=1.0).loss for _ in range(steps)]
 
 
 def main() -> None:
@@ -110,13 +100,13 @@ def main() -> None:
         raise SystemExit(f"{SAMPLES} samples cannot be dealt out to {world} processes: use 1, 2 or 4")
     plan = make_plan(world)
     groups, group = plan.mesh.data_ranks, rank // plan.mesh.sp
-    rounds = [[sample(micro * groups + group)] for micro in range(SAMPLES // groups)]
+    micro_batches = [sample(micro * groups + group) for micro in range(SAMPLES // groups)]
     module = omnicompile.parallelize(build_model(), plan, "cpu", example_batch=sample(0), backend=options.backend)
-    losses = train(module, rounds, options.steps)
+    losses = train(module, micro_batches, options.steps)
     if rank == 0:
         print("loss by step: " + " ".join(f"{loss:.5f}" for loss in losses))
         if options.check:
-            want = train(PlainModule(build_model()), [[sample(i)] for i in range(SAMPLES)], options.steps)
+            want = train(PlainModule(build_model()), [sample(i) for i in range(SAMPLES)], options.steps)
             worst = max(abs(a - b) for a, b in zip(losses, want))
             print(f"one process:  {' '.join(f'{loss:.5f}' for loss in want)}\nlargest difference: {worst:.1e}")
             if worst > 1e-3 or losses[-1] >= losses[0]:

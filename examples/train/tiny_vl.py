@@ -15,7 +15,10 @@ COLORS = {
     "red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 220), "yellow": (230, 210, 50),
     "black": (20, 20, 20), "white": (240, 240, 240),
 }  # fmt: skip
-WORDS = "the a of and to in is it on as with for was at by this that from one two three many few small large".split()
+WORDS = (
+    "the", "a", "of", "and", "to", "in", "is", "it", "on", "as", "with", "for", "was", "at", "by", "this", "that",
+    "from", "one", "two", "three", "many", "few", "small", "large",
+)  # fmt: skip
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
 VOCABULARY = [*SPECIAL, "<|video_pad|>", "<unk>", "user", "assistant", *COLORS, *WORDS]
 PATCH, MERGE = 4, 2

@@ -180,12 +180,14 @@ def check_events(events: list[dict[str, Any]], saved: int, want: dict[int, float
         assert loss == pytest.approx(want[step], abs=1e-4), (step, saved)
 
 
-def test_a_signal_saves_and_ends_the_job_with_its_own_code(folder: Path, options: tuple[str, ...]) -> None:
-    job = Job.start(folder / "fsdp-2.yaml", folder / "stop.txt", *options, "--out", str(folder / "stopped"))
+@pytest.mark.parametrize("whom", ["launcher", "rank"])
+def test_a_signal_saves_and_ends_the_job_with_its_own_code(folder: Path, options: tuple[str, ...], whom: str) -> None:
+    out = folder / f"stopped-{whom}"
+    job = Job.start(folder / "fsdp-2.yaml", folder / "stop.txt", *options, "--out", str(out))
     assert job.wait_for(lambda: job.count("step") >= 3)
-    job.process.send_signal(signal.SIGTERM)
+    (job.process if whom == "launcher" else job.ranks(2)[1]).send_signal(signal.SIGTERM)
     assert job.end() == 128 + signal.SIGTERM
     assert (folder / "stop.txt").read_text() == ""
     assert [event["event"] for event in job.events][-2:] == ["checkpoint", "stopped"]
-    saved, _ = CheckpointFolder(folder / "stopped" / "checkpoints").scan()
+    saved, _ = CheckpointFolder(out / "checkpoints").scan()
     assert saved[-1].manifest.step == job.events[-1]["step"] == job.events[-3]["step"]
