@@ -42,6 +42,7 @@ from omnicompile.data.stream import Stream
 
 HERE = Path(__file__).resolve().parent
 GOAL, PACKS, LOOK_AHEAD, MERGE = 0.97, 32, 256, 2
+RANKS = (8, 16, 32)
 WEIGHTS = Weights.of(28 * 3584, 32 * 1280)
 
 
@@ -133,7 +134,7 @@ def balance_table(steps: Sequence[Sequence[Pack]], budget: Budget) -> list[str]:
         "| ranks x micro-steps | | before | packs dealt out | samples exchanged too | floor |",
         "|---|---|---|---|---|---|",
     ]
-    for ranks in (8, 16, 32):
+    for ranks in RANKS:
         for name, value in values.items():
             shares = []
             for made in (

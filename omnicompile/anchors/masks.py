@@ -53,7 +53,7 @@ def anchor_mask(
     if square and attention_mask is None and not allow_is_causal_skip and not rest.get("use_vmap"):
         with outside_tracing():
             bounds = segment_bounds(mask_function, q_length, local_size)
-        if bounds is not None:
+        if bounds is not None and len(bounds) > 2:  # one segment: a model's own pattern, empty in this batch alone
             return bounds
     # A pattern of the model's own is written for one element, and vectorized in a way that tracing does not follow.
     with outside_tracing() if rest.get("use_vmap") else contextlib.nullcontext():

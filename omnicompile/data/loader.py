@@ -13,7 +13,7 @@ from omnicompile.capture.inputs.facts import Facts, placeholder_id
 from omnicompile.data.assemble import Assembler
 from omnicompile.data.balance import Weights, attention_cost, deal, deal_in_order, exchange
 from omnicompile.data.budget import Budget, attention_weights
-from omnicompile.data.encode import Encoded, Encoder, ProcessorEncoder
+from omnicompile.data.encode import IGNORE, LABELS, Encoded, Encoder, ProcessorEncoder
 from omnicompile.data.measure import Measured
 from omnicompile.data.packing import Item, Pack, fill
 from omnicompile.data.planner import StepPlanner
@@ -128,10 +128,11 @@ class PackedLoader:
         for number in sorted({item.key[1] for pack in packs for item in pack} - found.keys()):
             kept = self._cache.take(number)
             found[number] = kept if kept is not None else self._reader[number]
-        rows = []
-        for pack in packs:
-            rows.append(self._assembler.row([self._part(item, found[item.key[1]].parts) for item in pack]))
-        return rows
+        rows = [self._assembler.row([self._part(item, found[item.key[1]].parts) for item in pack]) for pack in packs]
+        # Alone, a rank need not keep step with others: a row without a target changes nothing, and its loss, a mean
+        # over no tokens, would be no number.
+        useful = [row for row in rows if bool((row[LABELS] != IGNORE).any())]
+        return useful if self._ranks == 1 and useful else rows
 
     def _part(self, item: Item, parts: tuple[Encoded, ...]) -> Encoded:
         _, number, part = item.key

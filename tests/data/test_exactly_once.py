@@ -136,6 +136,23 @@ def test_split_samples_come_whole_and_in_order_after_an_interruption() -> None:
     assert sorted(seen) == [(0, n, part) for n in range(6) for part in range(parts.get(n, 1))]
 
 
+def test_rows_without_a_target_are_left_out_where_no_other_rank_waits() -> None:
+    data = [{"text": f"{n} {60}"} for n in range(4)]
+
+    def masked(sample: Any) -> dict[str, Any]:
+        given = encode(sample)
+        return given | {"labels": [-100] * 60 if sample.text.startswith("1 ") else given["input_ids"]}
+
+    def rows(ranks: int) -> list[int]:
+        loaders = [
+            make_loader(data, masked, dense_model(), Budget(64), packs=2, epochs=1, data_rank=rank, data_ranks=ranks)
+            for rank in range(ranks)
+        ]
+        return [len(step.micro_batches) for loader in loaders for step in loader]
+
+    assert sum(rows(1)) == 3 and sum(rows(2)) == 4
+
+
 def test_a_state_of_other_data_is_refused() -> None:
     budget = Budget(128, 192, segments=16, merge=2)
     loader = _loaders(1, 30, budget, packs=2)[0]

@@ -68,6 +68,8 @@ def test_masks_that_are_more_than_segments_stay_whole() -> None:
         assert segment_bounds(function, 8, None) is None
         mask = _mask(function)
         assert mask is not None and mask.shape == (1, 1, 8, 8)
+    whole = _mask(or_masks(causal_mask_function, blockwise_overlay(torch.full((1, 8), -1))))
+    assert whole is not None and whole.shape == (1, 1, 8, 8)  # a batch whose rows have no block, of a model with blocks
     two = _mask(causal_mask_function, rows=2)
     assert two is not None and two.shape == (2, 1, 8, 8)
 

@@ -132,7 +132,7 @@ def test_balancing_keeps_the_items_and_lowers_the_costliest_pack(sizes: list[Siz
 
 
 def test_balancing_makes_the_slowest_rank_faster() -> None:
-    weights, sizes = Weights(), _mix(1500)
+    weights, sizes = Weights(), _mix(500)
     budget = suggest_budget(sizes, 512, merge=2)
     packs = _packed(_items(sizes), budget, 128)
 
