@@ -20,7 +20,14 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
-from omnicompile.checkpoint.contents import Module, OptimizerContents, OptimizerTargets, module_tensors, whole_shapes
+from omnicompile.checkpoint.contents import (
+    Module,
+    OptimizerContents,
+    OptimizerTargets,
+    frozen_sums,
+    module_tensors,
+    whole_shapes,
+)
 from omnicompile.checkpoint.folder import CheckpointFolder, Manifest, Whole, require_same_shapes
 from omnicompile.checkpoint.random_state import random_state, set_random_state
 from omnicompile.checkpoint.ranks import Ranks
@@ -42,14 +49,15 @@ class Checkpointer:
     """Writes and reads checkpoints in one folder, which all hosts must share.
 
     All ranks call each method together, between steps. keep_last: whole checkpoints that are kept. asynchronous: `save`
-    returns when the tensors are copied to host memory, and a thread writes them; at most one save is under way.
+    returns when the tensors are copied to host memory, and a thread writes them; at most one save is under way. frozen:
+    save parameters that are not trained too; otherwise they must be there, the same, when a checkpoint is loaded.
     """
 
-    def __init__(self, folder: Path | str, keep_last: int = 3, asynchronous: bool = True) -> None:
+    def __init__(self, folder: Path | str, keep_last: int = 3, asynchronous: bool = True, frozen: bool = True) -> None:
         if keep_last < 1:
             raise InputError(f"keep_last must be at least 1, got {keep_last}")
         self._folder = CheckpointFolder(Path(folder))
-        self._keep_last, self._asynchronous = keep_last, asynchronous
+        self._keep_last, self._asynchronous, self._frozen = keep_last, asynchronous, frozen
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="omnicompile-checkpoint")
         self._pending: Future[None] | None = None
         self._all: Ranks | None = None
@@ -70,12 +78,13 @@ class Checkpointer:
         self.wait()
         with _together(module, "saving a checkpoint"):
             ranks = self._ranks
+            left_out = {} if self._frozen else frozen_sums(module)
             place = ranks.first(lambda: self._folder.begin(step))
 
             def prepare() -> tuple[dict[str, Tensor], Manifest]:
                 if not place.is_dir():
                     raise InputError(f"{place} was made by rank 0 and is not there: the folder must be on shared disks")
-                return _prepare(step, module, optimizer, extra)
+                return _prepare(step, module, optimizer, extra, left_out)
 
             try:
                 tensors, manifest = ranks.agree(prepare, _same_on_all_ranks)
@@ -145,10 +154,11 @@ class Checkpointer:
             found, faults = self._ranks.first(lambda: self._choose(step))
             for fault in faults:
                 warnings.warn(f"{fault}: step {found.manifest.step} is loaded instead", stacklevel=2)
+            manifest = found.manifest
             targets = self._ranks.agree(lambda: _targets(found, module, optimizer))
-            _read(found, module_tensors(module) | targets.tensors, self._ranks.group)
+            _require_same_values(found, module.bit_sums(list(manifest.left_out)))
+            _read(found, module_tensors(module, manifest.left_out) | targets.tensors, self._ranks.group)
             targets.apply()
-        manifest = found.manifest
         set_random_state(manifest.rng, _device(module))
         return Restored(manifest.step, manifest.extra)
 
@@ -158,7 +168,11 @@ class Checkpointer:
 
 
 def _prepare(
-    step: int, module: Module, optimizer: torch.optim.Optimizer, extra: Mapping[str, Any]
+    step: int,
+    module: Module,
+    optimizer: torch.optim.Optimizer,
+    extra: Mapping[str, Any],
+    left_out: dict[str, int],
 ) -> tuple[dict[str, Tensor], Manifest]:
     try:
         kept = json.loads(json.dumps(dict(extra)))
@@ -170,6 +184,7 @@ def _prepare(
         model=type(module.plain_model).__name__,
         parameters=whole_shapes(module),
         buffers=sorted(module.stored_buffers()),
+        left_out=left_out,
         optimizer=state.facts,
         extra=kept,
         rng=random_state(_device(module)),
@@ -177,7 +192,7 @@ def _prepare(
         world=dist.get_world_size() if dist.is_initialized() else 1,
         versions=installed_versions(),
     )
-    return module_tensors(module) | state.tensors, manifest
+    return module_tensors(module, left_out) | state.tensors, manifest
 
 
 def _same_on_all_ranks(prepared: tuple[dict[str, Tensor], Manifest]) -> str:
@@ -192,6 +207,15 @@ def _targets(found: Whole, module: Module, optimizer: torch.optim.Optimizer) -> 
     own: dict[str, list[int]] = {name: [] for name in module.stored_buffers()}
     require_same_shapes(found.path, {name: [] for name in manifest.buffers}, own)
     return OptimizerTargets.of(module, optimizer, manifest.optimizer)
+
+
+def _require_same_values(found: Whole, own: Mapping[str, int]) -> None:
+    differ = [name for name, number in found.manifest.left_out.items() if own[name] != number]
+    if differ:
+        raise CheckpointError(
+            f"checkpoint {found.path} was saved without frozen parameters, and {differ[0]} is not the one of that run "
+            f"({len(differ)} differ): give parallelize the same base weights"
+        )
 
 
 def _read(found: Whole, tensors: dict[str, Tensor], group: dist.ProcessGroup | None) -> None:

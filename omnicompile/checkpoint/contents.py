@@ -14,7 +14,7 @@ What the optimizer keeps beside tensors is described in the manifest:
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,10 +30,16 @@ Module = ParallelModule | PlainModule
 _IMPLEMENTATION = frozenset({"capturable", "differentiable", "foreach", "fused"})
 
 
-def module_tensors(module: Module) -> dict[str, Tensor]:
+def module_tensors(module: Module, left_out: Collection[str]) -> dict[str, Tensor]:
     """By name in the checkpoint; on the module's own memory."""
-    found = {_parameter_key(name): module.as_whole(name, value) for name, value in module.stored().items()}
+    kept = {name: value for name, value in module.stored().items() if name not in left_out}
+    found = {_parameter_key(name): module.as_whole(name, value) for name, value in kept.items()}
     return found | {_buffer_key(name): value for name, value in module.stored_buffers().items()}
+
+
+def frozen_sums(module: Module) -> dict[str, int]:
+    """Of parameters that are not trained (a collective)."""
+    return module.bit_sums([name for name, value in module.stored().items() if not value.requires_grad])
 
 
 def whole_shapes(module: Module) -> dict[str, list[int]]:

@@ -32,13 +32,15 @@ class Manifest:
     """What a checkpoint holds beside its tensors.
 
     number: of this save in the folder, 1 for the first. parameters: whole shapes by name. buffers: names. optimizer:
-    see contents.py. rng: see random_state.py. files: sizes in bytes.
+    see contents.py. left_out: frozen parameters that are not in the files, with their bit sums. rng: see
+    random_state.py. files: sizes in bytes.
     """
 
     step: int
     model: str
     parameters: dict[str, list[int]]
     buffers: list[str]
+    left_out: dict[str, int]
     optimizer: dict[str, Any]
     extra: dict[str, Any]
     rng: dict[str, str]

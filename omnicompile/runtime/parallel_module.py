@@ -288,6 +288,10 @@ class ParallelModule(nn.Module):
         DTensor on the same memory without padding; `local` itself where nothing is cut."""
         return self.store.as_dtensor(name, local.detach())
 
+    def bit_sums(self, names: Sequence[str]) -> dict[str, int]:
+        """A number for the value of each parameter, the same under every plan (a collective)."""
+        return self.store.bit_sums(names)
+
     def full_gradient(self, name: str) -> Tensor | None:
         """The whole gradient of a parameter on every rank (a collective); for checks at small sizes."""
         grad = self.store.local[name].grad

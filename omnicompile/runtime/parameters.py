@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,8 @@ from omnicompile.errors import InputError
 from omnicompile.passes.rank_program import ParamSpec
 from omnicompile.runtime.mesh import RuntimeMesh
 from omnicompile.runtime.weights import Values
+
+_WHOLE_NUMBERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
 class _Branch(nn.Module):
@@ -114,6 +116,20 @@ class ParameterStore:
         value = self.as_dtensor(name, local.detach())
         return value.full_tensor() if isinstance(value, DTensor) else value
 
+    def bit_sums(self, names: Sequence[str]) -> dict[str, int]:
+        """A number for the value of each parameter, the same under every plan (a collective): the sum of its bits as
+        whole numbers, modulo 2**64, to which padding adds nothing."""
+        found: dict[str, int] = {}
+        by_axes: dict[tuple[str, ...], list[str]] = {}
+        for name in names:
+            by_axes.setdefault(tuple(shard.axes for shard in self.specs[name].shards), []).append(name)
+        for axes, group in sorted(by_axes.items()):
+            sums = torch.stack([bit_sum(self.local[name]) for name in group])
+            for name in axes:
+                dist.all_reduce(sums, group=self.mesh.group(name))
+            found |= dict(zip(group, sums.tolist()))
+        return found
+
     def gradient_groups(self) -> Iterator[tuple[tuple[str, ...], list[str]]]:
         """Parameters by the groups that their squared gradient norms have to be summed over."""
         found: dict[tuple[str, ...], list[str]] = {}
@@ -121,6 +137,11 @@ class ParameterStore:
             if spec.trainable:
                 found.setdefault(tuple(shard.axes for shard in spec.shards), []).append(name)
         yield from sorted(found.items())
+
+
+def bit_sum(value: Tensor) -> Tensor:
+    """0-d int64."""
+    return value.detach().contiguous().view(_WHOLE_NUMBERS[value.element_size()]).sum(dtype=torch.int64)
 
 
 def clip_grad_norm(store: ParameterStore, max_norm: float) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from omnicompile.errors import InputError
+from omnicompile.runtime.parameters import bit_sum
 from omnicompile.runtime.targets import SeveralLosses, TargetCount
 
 IGNORE = -100
@@ -85,6 +86,10 @@ class PlainModule(nn.Module):
 
     def as_whole(self, name: str, local: Tensor) -> Tensor:
         return local.detach()
+
+    def bit_sums(self, names: Sequence[str]) -> dict[str, int]:
+        parameters = self.stored()
+        return {name: int(bit_sum(parameters[name])) for name in names}
 
     def full_gradient(self, name: str) -> Tensor | None:
         return dict(self._model[0].named_parameters())[name].grad

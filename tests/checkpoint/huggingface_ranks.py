@@ -88,7 +88,7 @@ def adapters(rank: int, root: str) -> dict[str, Any]:
     optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=LEARNING_RATE)
     optimizer.step()
     export_huggingface(module, Path(root) / "adapters")
-    checkpointer = Checkpointer(Path(root) / "run")
+    checkpointer = Checkpointer(Path(root) / "run", frozen=False)
     checkpointer.save(1, module, optimizer, {})
 
     meta = parallelize(with_adapters(on_meta(make())), plan, "cpu", batch(0), weights=Path(root) / "experts/pretrained")

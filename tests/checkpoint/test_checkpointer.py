@@ -188,3 +188,29 @@ def test_bad_arguments(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write checkpoints"):
         Checkpointer(tmp_path / "file").save(1, module, adamw(module), {})
+
+
+def test_frozen_parameters_may_be_left_out(tmp_path: Path) -> None:
+    def frozen(seed: int) -> tuple[PlainModule, torch.optim.Optimizer]:
+        module = small(width=200)
+        with torch.no_grad():
+            module.get_parameter("0.weight").mul_(seed)
+        module.get_parameter("0.weight").requires_grad_(False)
+        return module, torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-2)
+
+    module, optimizer = frozen(1)
+    train(module, optimizer, range(2))
+    for name, whole in (("whole", True), ("part", False)):
+        checkpointer = Checkpointer(tmp_path / name, frozen=whole)
+        checkpointer.save(2, module, optimizer, {})
+        checkpointer.wait()
+    sizes = [(tmp_path / name / "step-00000002" / "__0_0.distcp").stat().st_size for name in ("whole", "part")]
+    assert sizes[0] - sizes[1] >= 4 * 200 * 4
+    other, own = frozen(1)
+    Checkpointer(tmp_path / "part").load(other, own)
+    assert all(torch.equal(a, b) for a, b in zip(module.state_dict().values(), other.state_dict().values()))
+    other, own = frozen(2)
+    Checkpointer(tmp_path / "whole").load(other, own)
+    other, own = frozen(2)
+    with pytest.raises(CheckpointError, match=r"0\.weight is not the one of that run \(1 differ\)"):
+        Checkpointer(tmp_path / "part").load(other, own)

@@ -92,9 +92,12 @@ def small_disk(folder: Path) -> Iterator[Path]:
     """A file system of 1 MiB."""
     mounted = folder / "disk"
     mounted.mkdir()
-    if shutil.which("mount") is None or subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(mounted)], capture_output=True
-    ).returncode:
+    if (
+        shutil.which("mount") is None
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(mounted)], capture_output=True
+        ).returncode
+    ):
         pytest.skip("mounting a file system is not allowed here")
     yield mounted
     subprocess.run(["umount", str(mounted)], check=True)

@@ -13,16 +13,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from passes.models import stacked_mixture_vl_model
-from rank_stores import specs_of, store_of
+from rank_stores import EVERYONE, specs_of, store_of
 from safetensors.torch import load_file, save_file
 from tiny_models import dense_model, mixture_model, vision_language_model
 from torch import Tensor, nn
 
 from omnicompile.errors import InputError
+from omnicompile.passes.rank_program import ParamSpec, ShardSpec
 from omnicompile.plan import Mesh
 from omnicompile.runtime.conversion import Converted, Source
 from omnicompile.runtime.loading import Pretrained
 from omnicompile.runtime.parallelize import parallelize
+from omnicompile.runtime.parameters import bit_sum
 from omnicompile.runtime.safetensors_folder import SafetensorsFolder
 from omnicompile.runtime.weights import Initialized, InitialValues, materialized
 
@@ -301,7 +303,8 @@ MEASURE = """
 import resource, sys, torch
 sys.path[:0] = [{tests!r}]
 from passes.models import stacked_mixture_vl_model
-from rank_stores import specs_of, store_of
+from rank_stores import EVERYONE, specs_of, store_of
+from omnicompile.passes.rank_program import ParamSpec, ShardSpec
 from omnicompile.plan import Mesh
 from omnicompile.runtime.loading import Pretrained
 from transformers import AutoConfig, Qwen3MoeForCausalLM
@@ -369,3 +372,13 @@ def test_adapters_get_the_initialization_of_peft() -> None:
     assert values.abs().max() <= bound and values.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
     trained = [name for name, value in made.items() if value.requires_grad]
     assert trained == [name for name in made if "lora_" in name]
+
+
+def test_the_bit_sums_of_parts_add_up_to_that_of_the_whole(folders: dict[str, tuple[nn.Module, Path]]) -> None:
+    """By which frozen parameters are known again under another plan; padding must count for nothing."""
+    mesh, (model, _) = Mesh(dp_shard=4), folders["tied"]
+    for name, value in model.named_parameters():
+        spec = ParamSpec(name, tuple(value.shape), shards=(ShardSpec(EVERYONE, 0),))
+        parts = [bit_sum(spec.local_of(value.detach(), mesh, rank)) for rank in range(4)]
+        assert sum(parts) == bit_sum(value)
+        assert bit_sum(value) != bit_sum(value * 1.001)
