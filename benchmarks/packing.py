@@ -67,16 +67,16 @@ class Known:
 
 
 def packed(sizes: Sequence[Size], budget: Budget, look_ahead: int) -> tuple[list[list[Pack]], float]:
-    """Full steps of `PACKS` packs, and seconds a step."""
+    """Full steps of `PACKS` packs, and CPU seconds a step."""
     source = Records([{}] * len(sizes))
     stream, known = Stream(len(sizes), 0, False, 1), Known(sizes)
     planner = StepPlanner(
         stream, source, known, budget, PACKS, look_ahead, Policy.REFUSE, Policy.REFUSE, "mix"
     )  # type: ignore[arg-type]  # fmt: skip
-    steps, start = [], time.perf_counter()
+    steps, start = [], time.process_time()
     while planner.position < len(sizes):
         steps.append(planner.next())
-    return steps, (time.perf_counter() - start) / len(steps)
+    return steps, (time.process_time() - start) / len(steps)
 
 
 def joined(steps: Sequence[Sequence[Pack]]) -> list[Pack]:
@@ -85,7 +85,7 @@ def joined(steps: Sequence[Sequence[Pack]]) -> list[Pack]:
 
 def fill_table(sizes: Sequence[Size], budget: Budget) -> tuple[list[str], bool]:
     items = [Item((0, number, 0), size) for number, size in enumerate(sizes)]
-    rows = ["| | look-ahead | tokens | patches | packs | seconds a step |", "|---|---|---|---|---|---|"]
+    rows = ["| | look-ahead | tokens | patches | packs | CPU seconds a step |", "|---|---|---|---|---|---|"]
     reached = False
     for look_ahead in (64, 128, LOOK_AHEAD, 512):
         steps, seconds = packed(sizes, budget, look_ahead)
@@ -127,11 +127,11 @@ def balance_table(steps: Sequence[Sequence[Pack]], budget: Budget) -> list[str]:
         "attention": lambda pack: attention_cost(pack, WEIGHTS, budget),
         "patches": lambda pack: sum(item.size.patches for item in pack),
     }
-    start = time.perf_counter()
+    start = time.process_time()
     evened = [exchange(step, WEIGHTS, budget) for step in steps]
-    seconds = (time.perf_counter() - start) / len(steps)
+    seconds = (time.process_time() - start) / len(steps)
     rows = [
-        "| ranks x micro-steps | | before | packs dealt out | samples exchanged too | floor |",
+        "| ranks x micro-steps | | as packed | packs dealt out | samples exchanged too | floor |",
         "|---|---|---|---|---|---|",
     ]
     for ranks in RANKS:
@@ -146,7 +146,7 @@ def balance_table(steps: Sequence[Sequence[Pack]], budget: Budget) -> list[str]:
                 shares.append(sum(worst for worst, _ in found) / sum(mean for _, mean in found))
             text = " | ".join(f"{share:.3f}" for share in shares)
             rows.append(f"| {ranks} x {PACKS // ranks} | {name} | {text} | {floor(steps, budget, ranks, name)} |")
-    return [*rows, "", f"Exchanging takes {seconds:.2f} s a step of {PACKS} packs."]
+    return [*rows, "", f"Exchanging takes {seconds:.2f} CPU seconds a step of {PACKS} packs."]
 
 
 def floor(steps: Sequence[Sequence[Pack]], budget: Budget, ranks: int, name: str) -> str:
