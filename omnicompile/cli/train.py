@@ -21,7 +21,7 @@ HELP = "train the model of a recipe on data: packed batches, checkpoints, evalua
 EXAMPLES = """\
 examples:
   omnicompile plan model.py --gpus 8 --out recipe.yaml
-  omnicompile train recipe.yaml --data train.jsonl --weights Qwen2-VL-7B --out run --steps 1000
+  omnicompile train recipe.yaml --data train.jsonl --weights pretrained --out run --steps 1000
       plan for 8 GPUs, then train on them: one process for each, started as torchrun does
   omnicompile train recipe.yaml --data train.jsonl --out run --dry-run
       check everything and train nothing: recipe, model, data, first packs and their fill, memory

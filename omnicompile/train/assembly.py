@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +16,7 @@ from omnicompile.capture.source import ModelSource, load_model_source
 from omnicompile.checkpoint.checkpointer import Checkpointer
 from omnicompile.checkpoint.export import export_huggingface
 from omnicompile.cost_model.hardware import load_hardware
+from omnicompile.data.loader import PackedLoader
 from omnicompile.errors import InputError
 from omnicompile.plan import Plan
 from omnicompile.program import Program
@@ -40,11 +40,11 @@ from omnicompile.train.work import work_of
 class Run:
     trainer: Trainer
     data: Data
-    processor: Any
+    loader: PackedLoader
 
     def export(self, folder: str) -> None:
         """Write the model as Hugging Face safetensors, with its processor."""
-        export_huggingface(self.trainer.module, folder, self.processor)
+        export_huggingface(self.trainer.module, folder, self.data.processor)
         self.trainer.report.event("export", f"model written to {folder}", path=folder)
 
 
@@ -105,7 +105,7 @@ def assemble(request: Request, plan: Plan, options: TrainOptions, stop: StopRequ
     )  # fmt: skip
     _tell_start(report, model, module, plan, data)
     resume(trainer, checkpointer, request)
-    return Run(trainer, data, data.processor)
+    return Run(trainer, data, loader)
 
 
 def _cost(model: Model, module: nn.Module, plan: Plan, device: torch.device) -> Cost | None:

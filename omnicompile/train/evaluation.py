@@ -7,6 +7,7 @@ from itertools import islice
 
 import torch
 
+from omnicompile.train.everyone import Everyone
 from omnicompile.train.guard import TrainingError
 from omnicompile.train.losses import means, named_losses
 from omnicompile.train.protocols import Loader
@@ -24,7 +25,7 @@ def evaluate(module: Module, loader: Loader, steps: int | None = None, at: int =
     module.eval()
     try:
         with torch.no_grad():
-            for step in islice(loader, steps):
+            for step in islice(Everyone.of(module).guarded(loader, "reading the data"), steps):
                 targets = count_targets(module, step.micro_batches)
                 for number, batch in enumerate(step.micro_batches):
                     last = number == len(step.micro_batches) - 1

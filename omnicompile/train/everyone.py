@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,8 @@ from torch import nn
 
 from omnicompile.runtime.parallel_module import ParallelModule
 from omnicompile.runtime.watch import Watch
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,17 @@ class Everyone:
     def guard(self, what: str) -> AbstractContextManager[None]:
         """Around what only all ranks together can do (see runtime/watch.py)."""
         return nullcontext() if self.watch is None else self.watch.guard(what)
+
+    def guarded(self, source: Iterable[Item], what: str) -> Iterator[Item]:
+        """The items of `source`, each got under the guard."""
+        items = iter(source)
+        while True:
+            with self.guard(what):
+                try:
+                    item = next(items)
+                except StopIteration:
+                    return
+            yield item
 
     def _reduced(self, values: Sequence[float], how: dist.ReduceOp.RedOpType) -> list[float]:
         vector = torch.tensor(list(values), dtype=torch.float64)

@@ -50,11 +50,12 @@ class Cause:
 
 
 def cause_of(told: list[RankFailure], codes: Mapping[int, tuple[int, int]]) -> Cause:
-    """told: by the ranks themselves. codes: of ranks that failed first -> (exit code, below 0 the signal; process id).
+    """told: by the ranks themselves. codes: rank -> (exit code, below 0 the signal; process id), in the order in which
+    they ended: those after the first may have been ended by the launcher.
 
-    A rank that was killed by a signal comes first, then the first error that is no echo of another's.
+    The first error that is no echo of another's comes first, then the rank that a signal has killed.
     """
-    killed = [(rank, -code, pid) for rank, (code, pid) in sorted(codes.items()) if code < 0]
+    killed = [(rank, -code, pid) for rank, (code, pid) in codes.items() if code < 0][:1]
     first = sorted((t for t in told if not t.follows), key=lambda t: (not t.told, t.moment, t.rank))
     if first and not first[0].told and not killed:
         return Cause(first[0].code, "")

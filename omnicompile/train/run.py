@@ -103,14 +103,14 @@ def train(request: Request) -> int:
 
     stop, report = StopRequest(), make_report(request, options)
     try:
-        with stop.listening():
-            from omnicompile.train.assembly import assemble
+        from omnicompile.train.assembly import assemble
 
-            run = assemble(request, plan, options, stop, report)
+        run = assemble(request, plan, options, stop, report)
+        with stop.listening():  # before there is anything to save a signal ends the process as it would any other
             finished = run.trainer.run()
             if request.export is not None and not finished.stopped:
                 run.export(request.export)
-            _say_end(report, finished.step, finished.stopped)
+            _say_end(report, finished.step, finished.stopped, run.loader.skipped)
     finally:
         report.close()
     _leave()
@@ -145,14 +145,17 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 
-def _say_end(report: Report, step: int, stopped: int) -> None:
+def _say_end(report: Report, step: int, stopped: int, skipped: dict[str, int]) -> None:
     import signal
 
+    left = ", ".join(f"{count} {cause.replace('_', '-')}" for cause, count in skipped.items() if count)
+    samples = f"; samples left out: {left}" if left else ""
     if stopped:
         name = signal.Signals(stopped).name
-        report.event("stopped", f"{name}: stopped after step {step}, with a checkpoint", step=step, signal=name)
+        text = f"{name}: stopped after step {step}, with a checkpoint{samples}"
+        report.event("stopped", text, step=step, signal=name, left_out=skipped)
     else:
-        report.event("end", f"training has ended with step {step}", step=step)
+        report.event("end", f"training has ended with step {step}{samples}", step=step, left_out=skipped)
 
 
 def make_report(request: Request, options: TrainOptions) -> Report:

@@ -115,17 +115,12 @@ class Trainer:
         last = self.options.epochs or (1 if self.options.steps is None else None)
         empty = 0
         while True:
-            steps, source = 0, iter(self.loader)
-            while True:
-                began = time.perf_counter()
-                with self._everyone.guard("reading the data"):
-                    step = next(source, None)
-                if step is None:
-                    break
+            steps, began = 0, time.perf_counter()
+            for step in self._everyone.guarded(self.loader, "reading the data"):
                 if last is not None and step.epoch >= last:
                     return
                 yield step, time.perf_counter() - began
-                steps, epoch = steps + 1, step.epoch + 1
+                steps, epoch, began = steps + 1, step.epoch + 1, time.perf_counter()
             empty = 0 if steps else empty + 1
             if steps and last is not None and epoch >= last:
                 return

@@ -40,6 +40,7 @@ def test_a_killed_rank_is_told_before_the_echo_of_the_others() -> None:
     cause = cause_of([failure(0, RankError("rank 1 died"), 1.0)], {1: (-9, 4711)})
     assert cause.code == 1 and cause.text.startswith("rank 1 (process 4711) was killed by SIGKILL: the host may be out")
     assert "SIGSEGV" in cause_of([], {0: (-11, 3)}).text
+    assert "rank 2 (process 5)" in cause_of([], {2: (-9, 5), 0: (-15, 3), 1: (-9, 4)}).text
 
 
 def test_a_rank_without_a_word_and_a_job_that_a_signal_ended() -> None:
