@@ -26,7 +26,7 @@ examples:
   omnicompile train recipe.yaml --data train.jsonl --out run --dry-run
       check everything and train nothing: recipe, model, data, first packs and their fill, memory
   omnicompile train recipe.yaml --data train.jsonl --out run
-      go on from the last checkpoint in run/checkpoints, if there is one (--resume never starts anew)
+      go on from the last checkpoint in run/checkpoints, if there is one (--resume never refuses a folder that has one)
   omnicompile train recipe.yaml --data data.yaml --train train.yaml --set optimizer.lr=3e-4 --tensorboard
       where samples come from and how they are packed in data.yaml, training options in train.yaml
   omnicompile train recipe.yaml --data train.jsonl --out run --nnodes 2 --rdzv-endpoint node-0:29500

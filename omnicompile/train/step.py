@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 from omnicompile.errors import InputError
 from omnicompile.runtime.parallel_module import ParallelModule
 from omnicompile.runtime.plain_module import PlainModule
-from omnicompile.train.losses import means, named_losses
+from omnicompile.runtime.targets import SeveralLosses
+from omnicompile.train.losses import joined, named_losses
 
 Module = ParallelModule | PlainModule
 LABELS = "labels"
@@ -61,11 +62,12 @@ def train_step(
     if taken:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(math.fsum(micro), grad_norm, taken, targets, tuple(micro), means(others))
+    return StepResult(math.fsum(micro), grad_norm, taken, targets, tuple(micro), joined(others, shares=bool(targets)))
 
 
 def count_targets(module: Module, batches: Sequence[Mapping[str, Any]]) -> int:
-    """Target tokens of micro-batches over all ranks; 0 for a model that is given no labels."""
-    if any(batch.get(LABELS) is None for batch in batches):
+    """Targets of micro-batches over all ranks; 0 for a model whose loss has none that can be counted."""
+    plain = isinstance(module, PlainModule) and not isinstance(module.plain_model, SeveralLosses)
+    if plain and any(batch.get(LABELS) is None for batch in batches):
         return 0
     return module.count_targets(batches)

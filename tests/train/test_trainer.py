@@ -214,10 +214,12 @@ def test_losses_that_a_model_names_are_told() -> None:
 
         def forward(self, **batch: Any) -> Mapping[str, Any]:
             output = self.model(**batch)
-            output["text_loss"], output["image_loss"] = output.loss.detach(), output.loss.detach() * 2
+            output["losses"] = {"text": output.loss, "image": output.loss * 2}
             return output
 
-    run, kept = trainer(TrainOptions(steps=2), text_loader(4, 1), module=plain(Two()))
+    options = TrainOptions(steps=2, evaluation=EvaluationOptions(every=2))
+    run, kept = trainer(options, text_loader(4, 1), module=plain(Two()), evaluation=text_loader(2, 1))
     run.run()
+    assert set(kept.evaluations[0].losses) == {"text", "image"}
     for record in kept.steps:
         assert record.losses == pytest.approx({"text": record.loss, "image": 2 * record.loss}, rel=1e-5)
