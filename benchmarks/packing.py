@@ -5,7 +5,8 @@ to 4, with probability 0.4. Text: log-normal, median 330 tokens, sigma 0.9, cut 
 log-normal, median 448 pixels, sigma 0.35, cut to 112 to 1,344 and rounded to multiples of 28; patches of 14 x 14
 pixels, 4 of which become a token. The budget is what `suggest_budget` makes of 10,000 other samples of the mix.
 
-Fill is real tokens and real patches as shares of the budgets of all packs of full steps; padding never counts.
+Fill is real tokens and real patches as shares of the budgets of all packs, of which the last may be near empty; padding
+never counts.
 
 - best fit: the planner of the data loader, with its look-ahead buffer;
 - greedy: in the order of the stream, a new pack where the next sample does not fit;
@@ -67,7 +68,7 @@ class Known:
 
 
 def packed(sizes: Sequence[Size], budget: Budget, look_ahead: int) -> tuple[list[list[Pack]], float]:
-    """Full steps of `PACKS` packs, and CPU seconds a step."""
+    """Steps of up to `PACKS` packs, and CPU seconds a step."""
     source = Records([{}] * len(sizes))
     stream, known = Stream(len(sizes), 0, False, 1), Known(sizes)
     planner = StepPlanner(
