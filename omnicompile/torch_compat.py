@@ -37,6 +37,7 @@ __all__ = [
     "start_fake_group",
     "trace_pre_dispatch",
     "traced_nodes",
+    "varlen_backward",
 ]
 
 
@@ -170,3 +171,23 @@ def on_each_rank(value: torch.Tensor) -> list[torch.Tensor]:
 
     assert isinstance(value, LocalTensor)
     return [value._local_tensors[rank] for rank in sorted(value._local_tensors)]  # type: ignore[attr-defined]
+
+
+def varlen_backward(
+    grad: torch.Tensor,
+    saved: Sequence[torch.Tensor],
+    lse: torch.Tensor,
+    bounds: tuple[torch.Tensor, torch.Tensor],
+    lengths: tuple[int, int],
+    scale: float,
+    window: tuple[int, int],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The backward of torch.nn.attention.varlen.varlen_attn. saved: q, k, v and the output, each [len, heads, d]; lse
+    [heads, len]; bounds and lengths: cu_seqlens and the longest segments of queries and keys."""
+    import torch.nn.attention.varlen  # noqa: F401  (defines the operator)
+
+    no_random = torch.zeros(2, dtype=torch.uint64, device=grad.device)
+    dq, dk, dv = torch.ops.torch_attn._varlen_attn_backward(
+        grad, *saved, lse, *bounds, *lengths, window == (-1, 0), no_random, scale, list(window)
+    )
+    return dq, dk, dv

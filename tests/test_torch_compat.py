@@ -14,6 +14,7 @@ from omnicompile.torch_compat import (
     nodes_traced_since,
     outside_tracing,
     traced_nodes,
+    varlen_backward,
 )
 
 
@@ -68,3 +69,12 @@ def test_an_export_can_look_like_an_ordinary_run() -> None:
 
     torch.export.export(Asks(), (torch.ones(2),), strict=False)
     assert seen[:2] == [(False, False), (True, True)]
+
+
+def test_the_backward_of_packed_attention_takes_what_it_is_given() -> None:
+    """On meta tensors: that the private operator is there, with these arguments. Values need a GPU (tests/kernels)."""
+    q, k, v, out, grad = (torch.empty(48, 4, 32, dtype=torch.bfloat16, device="meta") for _ in range(5))
+    bounds = torch.empty(3, dtype=torch.int32, device="meta")
+    lse = torch.empty(4, 48, device="meta")
+    grads = varlen_backward(grad, [q, k, v, out], lse, (bounds, bounds), (48, 48), 0.3, (-1, 0))
+    assert [g.shape for g in grads] == [t.shape for t in (q, k, v)]

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from omnicompile.kernels.attention.call import heads, in_segments, rows
+
 _forward = torch.ops.aten._flash_attention_forward.default
 _backward = torch.ops.aten._flash_attention_backward.default
 _LARGEST_HEAD = 256
@@ -25,17 +27,6 @@ def is_flash(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, softcap: flo
     return sizes and dtypes and torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
-def _rows(x: Tensor, packed: bool) -> Tensor:
-    """[batch, heads, len, d] as the kernel takes it: [batch, len, heads, d], of packed segments [len, heads, d]."""
-    x = x.transpose(1, 2)
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    return x.squeeze(0) if packed else x
-
-
-def _heads(x: Tensor, packed: bool) -> Tensor:
-    return (x.unsqueeze(0) if packed else x).transpose(1, 2)
-
-
 def _windows(causal: bool, window: int) -> dict[str, int]:
     """A query sees its own key and window - 1 before it, and after it without a causal mask."""
     if window <= 0:
@@ -47,13 +38,6 @@ def _bounds(cu: Tensor | None) -> Tensor | None:
     return None if cu is None else cu.to(torch.int32)
 
 
-def _in_segments(x: Tensor, cu: Tensor | None) -> Tensor:
-    """Rows behind the last segment are zero; the kernel does not write them."""
-    if cu is None:
-        return x
-    return torch.where((torch.arange(x.shape[0], device=x.device) < cu[-1]).view(-1, 1, 1), x, 0)
-
-
 def flash_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, causal: bool, scale: float, window: int
 ) -> tuple[Tensor, Tensor]:
@@ -61,10 +45,10 @@ def flash_attention(
     packed = cu_q is not None and cu_k is not None
     bounds = _bounds(cu_q), _bounds(cu_k)
     out, lse, *_ = _forward(
-        *(_rows(t, packed) for t in (q, k, v)), *bounds, q.shape[2], k.shape[2], 0.0, causal, False,
+        *(rows(t, packed) for t in (q, k, v)), *bounds, q.shape[2], k.shape[2], 0.0, causal, False,
         scale=scale, **_windows(causal, window),
     )  # fmt: skip
-    return _heads(_in_segments(out, bounds[0]), packed), lse.unsqueeze(0) if packed else lse
+    return heads(in_segments(out, bounds[0]), packed), lse.unsqueeze(0) if packed else lse
 
 
 def flash_attention_backward(
@@ -88,8 +72,8 @@ def flash_attention_backward(
         torch.empty((), dtype=torch.uint64, device=q.device),
     )
     grads = _backward(
-        *(_rows(t, packed) for t in (grad, q, k, v, out)), (lse.squeeze(0) if packed else lse).contiguous(), *bounds,
+        *(rows(t, packed) for t in (grad, q, k, v, out)), (lse.squeeze(0) if packed else lse).contiguous(), *bounds,
         q.shape[2], k.shape[2], 0.0, causal, *no_random, scale=scale, **_windows(causal, window),
     )  # fmt: skip
-    dq, dk, dv = (_heads(_in_segments(g, b), packed) for g, b in zip(grads, (bounds[0], bounds[1], bounds[1])))
+    dq, dk, dv = (heads(in_segments(g, b), packed) for g, b in zip(grads, (bounds[0], bounds[1], bounds[1])))
     return dq, dk, dv

@@ -7,10 +7,15 @@ parallelism rewrites dispatch and combine and leaves what lies between them alon
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from omnicompile.kernels.grouped import problem_of
+from omnicompile.kernels.registry import Functions
+from omnicompile.kernels.table import default_kernel, functions_of
 
 
 @torch.library.custom_op("omnicompile::expert_dispatch", mutates_args=())
@@ -65,52 +70,54 @@ def _slices(counts: Tensor) -> list[tuple[int, int, int]]:
     return bounds
 
 
+def _grouped_functions(kernel: str, rows: Tensor, weight: Sequence[int]) -> Functions:
+    """weight: its shape."""
+    return functions_of("grouped_mm", kernel or default_kernel(problem_of(rows, weight)).name)
+
+
 @torch.library.custom_op("omnicompile::grouped_mm", mutates_args=())
-def grouped_mm(rows: Tensor, weight: Tensor, counts: Tensor, transposed: bool) -> Tensor:
+def grouped_mm(rows: Tensor, weight: Tensor, counts: Tensor, transposed: bool, kernel: str = "") -> Tensor:
     """rows [r, k] sorted by expert times each row's expert matrix: weight [experts, n, k], or [experts, k, n] when
-    `transposed`. Returns [r, n]. Rows past sum(counts) give zeros."""
-    out = rows.new_zeros(rows.shape[0], weight.shape[2] if transposed else weight.shape[1])
-    for expert, start, end in _slices(counts):
-        matrix = weight[expert] if transposed else weight[expert].t()
-        out[start:end] = rows[start:end] @ matrix
-    return out
+    `transposed`. Returns [r, n]. Rows past sum(counts) give zeros. kernel: the implementation (omnicompile/kernels);
+    "" takes the first one that computes this here."""
+    result: Tensor = _grouped_functions(kernel, rows, weight.shape).forward(rows, weight, counts, transposed)
+    return result
 
 
 @grouped_mm.register_fake
-def _grouped_mm_fake(rows: Tensor, weight: Tensor, counts: Tensor, transposed: bool) -> Tensor:
+def _grouped_mm_fake(rows: Tensor, weight: Tensor, counts: Tensor, transposed: bool, kernel: str = "") -> Tensor:
     return rows.new_empty(rows.shape[0], weight.shape[2] if transposed else weight.shape[1])
 
 
 @torch.library.custom_op("omnicompile::grouped_mm_weight", mutates_args=())
-def grouped_mm_weight(rows: Tensor, grad: Tensor, counts: Tensor, transposed: bool) -> Tensor:
+def grouped_mm_weight(rows: Tensor, grad: Tensor, counts: Tensor, transposed: bool, kernel: str = "") -> Tensor:
     """Gradient of `grouped_mm`'s weight: rows [r, k], grad [r, n] -> [experts, n, k] (or [experts, k, n])."""
-    left, right = (rows, grad) if transposed else (grad, rows)
-    out = rows.new_zeros(counts.shape[0], left.shape[1], right.shape[1])
-    for expert, start, end in _slices(counts):
-        out[expert] = left[start:end].t() @ right[start:end]
-    return out
+    shape = counts.shape[0], *((rows.shape[1], grad.shape[1]) if transposed else (grad.shape[1], rows.shape[1]))
+    found = _grouped_functions(kernel, rows, shape)
+    result: Tensor = found.backward(rows, grad, counts, transposed)
+    return result
 
 
 @grouped_mm_weight.register_fake
-def _grouped_mm_weight_fake(rows: Tensor, grad: Tensor, counts: Tensor, transposed: bool) -> Tensor:
+def _grouped_mm_weight_fake(rows: Tensor, grad: Tensor, counts: Tensor, transposed: bool, kernel: str = "") -> Tensor:
     left, right = (rows, grad) if transposed else (grad, rows)
     return rows.new_empty(counts.shape[0], left.shape[1], right.shape[1])
 
 
 def _grouped_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    rows, weight, counts, transposed = inputs
+    rows, weight, counts, transposed, kernel = inputs
     ctx.save_for_backward(rows, weight, counts)
-    ctx.transposed = transposed
+    ctx.transposed, ctx.kernel = transposed, kernel
 
 
 def _grouped_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     rows, weight, counts = ctx.saved_tensors
     d_rows = d_weight = None
     if ctx.needs_input_grad[0]:
-        d_rows = torch.ops.omnicompile.grouped_mm(grad, weight, counts, not ctx.transposed)
+        d_rows = torch.ops.omnicompile.grouped_mm(grad, weight, counts, not ctx.transposed, ctx.kernel)
     if ctx.needs_input_grad[1]:
-        d_weight = torch.ops.omnicompile.grouped_mm_weight(rows, grad, counts, ctx.transposed)
-    return d_rows, d_weight, None, None
+        d_weight = torch.ops.omnicompile.grouped_mm_weight(rows, grad, counts, ctx.transposed, ctx.kernel)
+    return d_rows, d_weight, None, None, None
 
 
 grouped_mm.register_autograd(_grouped_grad, setup_context=_grouped_setup)
