@@ -17,6 +17,7 @@ from torch import fx
 
 from omnicompile.cluster import Cluster
 from omnicompile.errors import InputError
+from omnicompile.kernels.choice import KernelChoice
 from omnicompile.passes.placement import Placement
 from omnicompile.plan import BlockPlan, LossHead, Mesh, Overlap
 
@@ -114,6 +115,7 @@ class RankProgram:
     overlap: Overlap = Overlap()
     cluster: Cluster | None = None  # what times are estimated for; None: the default GPUs
     bound: dict[str, str] = field(default_factory=dict)  # names of process groups by axes string
+    kernels: KernelChoice | None = None  # None: operators stay as they are
 
     def group(self, axes: str) -> str:
         """The group argument of a collective over `axes`, to be bound late."""
