@@ -28,6 +28,7 @@ from omnicompile.train.freezing import freeze
 from omnicompile.train.meter import Cost
 from omnicompile.train.optimizer import make_optimizer
 from omnicompile.train.options import TrainOptions
+from omnicompile.train.protocols import Checkpointer as Checkpoints
 from omnicompile.train.records import Report
 from omnicompile.train.run import Request, processor_of
 from omnicompile.train.sample_log import SampleLog
@@ -104,7 +105,7 @@ def assemble(request: Request, plan: Plan, options: TrainOptions, stop: StopRequ
         name_of=data.name_of, stop=stop,
     )  # fmt: skip
     _tell_start(report, model, module, plan, data)
-    resume(trainer, checkpointer, request)
+    resume(trainer, request)
     return Run(trainer, data, loader)
 
 
@@ -117,23 +118,21 @@ def _cost(model: Model, module: nn.Module, plan: Plan, device: torch.device) -> 
     return Cost(flops, work_of, load_hardware(plan.cluster.gpu).peak(plan.param_dtype))
 
 
-def resume(trainer: Trainer, own: Checkpointer | None, request: Request) -> None:
-    """Go on as `--resume` says. Raises InputError where that and the folders do not go together."""
-    if request.resume not in ("auto", "never"):
-        _resume_from(trainer, _checkpoints_of(Path(request.resume)))
-        return
+def resume(trainer: Trainer, request: Request) -> None:
+    """Go on as `--resume` says: from the run's own checkpoints once it has any, so that the same command line can be
+    started again, otherwise from those of another run. Raises InputError for `never` where there are some."""
+    own, folder = trainer.checkpointer, request.checkpoints
     last = None if own is None else own.latest()
-    if own is None or request.checkpoints is None:
-        return
-    if last is None:
-        if any(request.checkpoints.glob("step-*")):  # damaged ones only: not to be trained over in silence
-            _resume_from(trainer, own)
-        return
-    if request.resume == "never":
-        raise InputError(
-            f"--resume never, but {request.out} has a checkpoint of step {last}: give another --out, or remove it"
-        )
-    _resume_from(trainer, own)
+    if own is not None and last is not None:
+        if request.resume == "never":
+            raise InputError(
+                f"--resume never, but {request.out} has a checkpoint of step {last}: give another --out, or remove it"
+            )
+        _resume_from(trainer, own)
+    elif request.resume not in ("auto", "never"):
+        _resume_from(trainer, _checkpoints_of(Path(request.resume)))
+    elif own is not None and folder is not None and any(folder.glob("step-*")):
+        _resume_from(trainer, own)  # damaged ones only, which are refused: not to be trained over in silence
 
 
 def _checkpoints_of(folder: Path) -> Checkpointer:
@@ -142,7 +141,7 @@ def _checkpoints_of(folder: Path) -> Checkpointer:
     return Checkpointer(inner if inner.is_dir() else folder)
 
 
-def _resume_from(trainer: Trainer, checkpointer: Checkpointer) -> None:
+def _resume_from(trainer: Trainer, checkpointer: Checkpoints) -> None:
     step = trainer.resume(checkpointer)
     trainer.report.event("resumed", f"going on after step {step}", step=step)
 

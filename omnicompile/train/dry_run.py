@@ -6,10 +6,13 @@ import json
 import os
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING
 
-from omnicompile.plan import Plan
+from omnicompile.plan import Plan, Prediction
 from omnicompile.train.run import Request, check_request
+
+if TYPE_CHECKING:
+    from omnicompile.data.budget import Budget
 
 _STEPS = 8
 
@@ -84,9 +87,9 @@ def inspect_run(request: Request, plan: Plan) -> DryRun:
         memory=prediction.memory_total,
         capacity=prediction.memory_capacity,
         machine=_gpu_bytes(request.device),
-        host=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        host=_host_bytes(),
         gpu=plan.cluster.gpu,
-        warnings=_warnings(plan, data.budget, prediction.memory_total, _gpu_bytes(request.device)),
+        warnings=warnings_of(plan, data.budget, prediction, _gpu_bytes(request.device)),
     )
 
 
@@ -98,7 +101,11 @@ def _gpu_bytes(device: str | None) -> int | None:
     return int(torch.cuda.get_device_properties(0).total_memory)
 
 
-def _warnings(plan: Plan, budget: Any, memory: float, machine: int | None) -> tuple[str, ...]:
+def _host_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def warnings_of(plan: Plan, budget: Budget, prediction: Prediction, machine: int | None) -> tuple[str, ...]:
     from omnicompile.report.units import gib
 
     found = []
@@ -108,8 +115,16 @@ def _warnings(plan: Plan, budget: Any, memory: float, machine: int | None) -> tu
             f"the budget of {budget.tokens:,} tokens is above the {planned:,} that the recipe was planned for: memory "
             "and time are those of the plan"
         )
+    memory = prediction.memory_total
     if machine is not None and memory > machine:
         found.append(f"the plan needs {gib(memory)} per GPU, and the GPU here has {gib(machine)}: it will not fit")
+    tensors = memory - sum(prediction.memory.get(kind, 0.0) for kind in ("context", "allocator slack"))
+    ranks = min(plan.mesh.world, plan.cluster.gpus_per_node)
+    if machine is None and tensors * ranks > _host_bytes():
+        found.append(
+            f"without a GPU the {ranks} processes of a node need {gib(tensors * ranks)}, and this one has "
+            f"{gib(_host_bytes())}: it will not fit"
+        )
     return tuple(found)
 
 
