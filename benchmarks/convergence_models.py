@@ -21,7 +21,7 @@ DECLARATIONS = Path(__file__).parents[1] / "examples" / "omni"
 MODELS = {"janus": "janus_tiny", "llama_omni": "llama_omni_tiny", "qwen3_moe_omni": "qwen3_moe_omni_tiny"}
 GROUPS = 2  # micro-batches of a step, on one process one after the other
 _HIDDEN = {"hidden_size": 64, "intermediate_size": 128}
-_SAMPLES = {"text": 2, "image": 2, "video": 1, "audio": 2, "drawing": 2}  # of each task in a micro-batch
+_SAMPLES = {"text": 1, "image": 3, "video": 2, "audio": 2, "drawing": 3}  # of each task in a micro-batch
 _KMEANS_STEPS, _DECODER_STEPS = 20, 150
 
 

@@ -103,12 +103,13 @@ class OmniModel(PreTrainedModel):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         past_key_values: Any = None,
-        use_cache: bool | None = None,
+        use_cache: bool = False,
         **features: Any,
     ) -> OmniOutput:
         """input_ids, labels: [batch, tokens]. Of encoder E: `E_values`, and `E_grid_thw` where its items are packed. Of
         decoder D: `output_D_values`, or `output_D_ids` with the codes; those whose places in `labels` hold the
-        placeholder are targets. Items are in the order of their places in the text.
+        placeholder are targets. Items are in the order of their places in the text. position_ids that begin anew keep
+        samples of a row apart, unless keys and values are kept (`use_cache`).
 
         Raises InputError for an argument that no part takes, and for a number of placeholders that does not match.
         """

@@ -58,11 +58,14 @@ class OmniProcessor:
                 )
 
     def __call__(self, samples: Sequence[Sequence[Text | Item]]) -> dict[str, Tensor]:
-        """One row for all samples, one after the other. Returns input_ids and labels [1, tokens], and the values of all
-        items. Raises InputError for an item that no part takes or of another shape."""
+        """One row for all samples, one after the other. Returns input_ids, labels and position_ids [1, tokens], and the
+        values of all items. Positions begin anew with each sample, so that none attends to another, and its first token
+        is nobody's target. Raises InputError for an item that no part takes or of another shape."""
         row = _Row([], [])
         values: dict[str, list[Tensor]] = {}
+        positions: list[int] = []
         for sample in samples:
+            start = len(row.ids)
             for part in sample:
                 if isinstance(part, Text):
                     ids = self.tokenizer(part.text, add_special_tokens=False)["input_ids"]
@@ -70,7 +73,13 @@ class OmniProcessor:
                     row.labels += ids if part.trained else [IGNORE] * len(ids)
                 else:
                     self._add_item(row, part, values)
-        batch = {"input_ids": torch.tensor([row.ids]), "labels": torch.tensor([row.labels])}
+            positions += range(len(row.ids) - start)
+            row.labels[start : start + 1] = [IGNORE] * (len(row.ids) > start)
+        batch = {
+            "input_ids": torch.tensor([row.ids]),
+            "labels": torch.tensor([row.labels]),
+            "position_ids": torch.tensor([positions]),
+        }
         for name, items in values.items():
             packed = name.endswith("_grid_thw") or self._is_packed(name.removesuffix("_values"))
             batch[name] = torch.cat(items) if packed else torch.stack(items)

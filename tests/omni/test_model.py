@@ -29,7 +29,9 @@ def test_losses_are_what_the_parts_give_one_after_the_other(name: str) -> None:
     decoder, places = model.decoder("image"), ids == model.config.decoder("image").token_id
     made, codes = decoder.lm_encode(given["output_image_values"])
     embeds[places] = made
-    hidden = model.foundation.model(inputs_embeds=embeds).last_hidden_state
+    hidden = model.foundation.model(
+        inputs_embeds=embeds, position_ids=given["position_ids"], use_cache=False
+    ).last_hidden_state
     logits = model.foundation.lm_head(hidden)
     text = labels.masked_fill(places, -100)
     want = F.cross_entropy(logits[:, :-1].flatten(0, 1), text[:, 1:].flatten())
@@ -169,6 +171,22 @@ def test_special_tokens_come_from_the_tokenizer_and_must_be_in_it() -> None:
     model = tiny("janus_tiny")
     with pytest.raises(InputError, match=r"the model's id of <image> is 120, and the tokenizer has 100"):
         omni.OmniProcessor(model, tokenizer(moved))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_samples_in_a_row_do_not_see_each_other(name: str) -> None:
+    model = tiny(name)
+    parts = samples(model, 0)
+    module = PlainModule(model)
+    targets = module.count_targets([processor(model)([part]) for part in parts])
+    losses = {"text": 0.0, "image": 0.0}
+    for part in parts:
+        with module.accumulate(last=True, targets=targets):
+            found = module(**processor(model)([part])).losses
+        losses = {n: v + (found[n].item() if n in found else 0.0) for n, v in losses.items()}
+    together = model(**processor(model)(parts)).losses
+    for loss, value in losses.items():
+        assert value == pytest.approx(together[loss].item(), rel=1e-5)
 
 
 def test_samples_that_are_read_and_produced_in_any_order() -> None:
