@@ -27,6 +27,7 @@ ABOVE = {
     "planner": {"cli"},
     "lowering": {"cli"},
     "runtime": {"cli"},
+    "train": {"cli"},
     "report": {"cli"},
 }
 

@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--resume", default="auto", metavar="WHAT",
-        help="auto (default): from the last checkpoint in --out, if any; never; or the folder of another run to start from",
+        help="auto (default): from the last checkpoint in --out, if any; never; or a run to start from",
     )  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="check everything and train nothing")
     options = parser.add_argument_group("training options")
