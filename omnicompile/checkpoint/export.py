@@ -6,7 +6,6 @@ import copy
 import json
 import os
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,12 +13,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from omnicompile.checkpoint.contents import Module
 from omnicompile.checkpoint.ranks import Ranks
 from omnicompile.errors import CheckpointError, InputError
+from omnicompile.runtime.adapters import adapted
 from omnicompile.runtime.safetensors_folder import INDEX, SINGLE
 
 _SHARD_NAME = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
@@ -42,7 +42,7 @@ def export_huggingface(
     ranks, target = Ranks.start(), Path(folder)
     ranks.first(lambda: _start(module, target))
     model: Any = module.plain_model
-    if _is_adapted(model):
+    if adapted(model) is not None:
         _export_adapters(module, model, target, ranks)
     else:
         _export_model(module, model, target, ranks, max_file_bytes, dtype or _configured_dtype(model))
@@ -58,20 +58,12 @@ def _start(module: Module, folder: Path) -> None:
     from transformers import PreTrainedModel
 
     model: Any = module.plain_model
-    if not isinstance(model, PreTrainedModel) and not _is_adapted(model):
+    if not isinstance(model, PreTrainedModel) and adapted(model) is None:
         raise InputError(f"{type(model).__name__} is not a model of transformers: export its state_dict() yourself")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot write to {folder}: {error.strerror}") from error
-
-
-def _is_adapted(model: nn.Module) -> bool:
-    if "peft" not in sys.modules:
-        return False
-    from peft import PeftModel
-
-    return isinstance(model, PeftModel)
 
 
 def _configured_dtype(model: Any) -> torch.dtype:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from omnicompile.errors import InputError
+from omnicompile.runtime.adapters import adapted, names_with_adapters
 from omnicompile.runtime.conversion import Conversion, Renamed, by_file, conversions
 from omnicompile.runtime.safetensors_folder import SafetensorsFolder
 from omnicompile.runtime.weights import Initialized, Target
@@ -29,53 +28,13 @@ class BaseModel:
 
     @staticmethod
     def of(model: nn.Module) -> BaseModel:
-        adapted = _adapted(model)
-        if adapted is None:
+        inside = adapted(model)
+        if inside is None:
             return BaseModel(model, {name: (name,) for name in model.state_dict()})
-        prefix, base = adapted
+        prefix, base = inside
         with torch.device("meta"):
             plain = type(base)(base.config)
-        return BaseModel(plain, _names_with_adapters(model, prefix, plain))
-
-
-def _adapted(model: nn.Module) -> tuple[str, Any] | None:
-    """The model inside PEFT's wrapper, and its path; None for a model without one."""
-    if "peft" not in sys.modules:
-        return None
-    from peft import PeftModel
-
-    if not isinstance(model, PeftModel):
-        return None
-    base = model.get_base_model()
-    path = next(name for name, module in model.named_modules() if module is base)
-    return path, base
-
-
-def _names_with_adapters(model: nn.Module, prefix: str, plain: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Names of the plain model's state dict -> where PEFT has put them: `base_layer` of a layer with adapters,
-    `original_module` and copies of a module that is trained whole."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import ModulesToSaveWrapper
-
-    moved: dict[str, list[str]] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer):
-            moved[path] = [f"{path}.base_layer"]
-        elif isinstance(module, ModulesToSaveWrapper):
-            copies = [f"{path}.modules_to_save.{name}" for name in module.modules_to_save]
-            moved[path] = [f"{path}.original_module", *copies]
-    known = set(model.state_dict())
-    found = {}
-    for name in plain.state_dict():
-        places = [f"{prefix}.{name}"]
-        for path in sorted(moved, key=len, reverse=True):
-            if places[0].startswith(f"{path}."):
-                places = [f"{new}.{places[0].removeprefix(f'{path}.')}" for new in moved[path]]
-                break
-        found[name] = tuple(place for place in places if place in known)
-        if not found[name]:
-            raise InputError(f"{name} is not found in the model with adapters: this kind of adapter is not supported")
-    return found
+        return BaseModel(plain, names_with_adapters(model, prefix, plain))
 
 
 class Pretrained:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from omnicompile.errors import InputError
+from omnicompile.runtime.adapters import adapter_configs, adapter_initializers, defined_method
 
 
 def on_meta(model: nn.Module) -> bool:
@@ -192,14 +192,14 @@ def _initializers(model: nn.Module) -> Iterator[Callable[[], Any]]:
     from transformers import PreTrainedModel
 
     seen: set[int] = set()
-    configs = _adapter_configs(model)
+    configs = adapter_configs(model)
 
     def walk(module: nn.Module, owner: Any) -> Iterator[Callable[[], Any]]:
         if id(module) in seen:
             return
         seen.add(id(module))
         owner = module if isinstance(module, PreTrainedModel) else owner
-        adapters = _adapter_initializers(module, configs)
+        adapters = adapter_initializers(module, configs)
         if adapters is not None:
             seen.update(id(child) for child in module.modules())
             base = module.get_submodule("base_layer")
@@ -212,63 +212,11 @@ def _initializers(model: nn.Module) -> Iterator[Callable[[], Any]]:
         if owner is not None:
             yield partial(owner._init_weights, module)
         else:
-            reset = _method(module, "reset_parameters")
+            reset = defined_method(module, "reset_parameters")
             if reset is not None:
                 yield partial(reset, module)
 
     return walk(model, None)
-
-
-def _method(module: nn.Module, name: str) -> Callable[[Any], Any] | None:
-    """As the module's class or one that it inherits from defines it."""
-    return next((vars(kind)[name] for kind in type(module).__mro__ if name in vars(kind)), None)
-
-
-def _adapter_configs(model: nn.Module) -> dict[str, Any]:
-    """Of the adapters that PEFT has put into `model`, by name."""
-    if "peft" not in sys.modules:  # nobody can have made an adapter
-        return {}
-    from peft.tuners.tuners_utils import BaseTuner
-
-    return {name: found for m in model.modules() if isinstance(m, BaseTuner) for name, found in m.peft_config.items()}
-
-
-def _adapter_initializers(module: nn.Module, configs: Mapping[str, Any]) -> list[Callable[[], Any]] | None:
-    """Of a layer with LoRA adapters; None for any other module. Modules inside the adapters are reset before.
-
-    Raises InputError for adapters that are initialized from the weights of the base model.
-    """
-    if not configs:
-        return None
-    from peft.tuners.lora import LoraLayer
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    if not isinstance(module, BaseTunerLayer):
-        return None
-    layer: nn.Module = module  # PEFT's layers are a module and this
-    base = {id(child) for child in layer.get_submodule("base_layer").modules()}
-    if not isinstance(module, LoraLayer):
-        kept = {id(value) for value in layer.get_submodule("base_layer").parameters()}
-        if any(value.is_meta and id(value) not in kept for value in layer.parameters()):
-            raise InputError(
-                f"adapters of {type(module).__name__} are on the meta device, which works for LoRA only: load the base "
-                "model before get_peft_model"
-            )
-        return []
-    calls: list[Callable[[], Any]] = []
-    for child in layer.modules():
-        reset = _method(child, "reset_parameters")
-        if reset is not None and child is not module and id(child) not in base:
-            calls.append(partial(reset, child))
-    for adapter in module.r:
-        how = configs[adapter].init_lora_weights
-        if how not in (True, False, "gaussian"):
-            raise InputError(
-                f"adapter {adapter} is initialized by {how!r}, from the weights of the base model, which are on the "
-                "meta device: choose init_lora_weights=True, or load the base model before get_peft_model"
-            )
-        calls.append(partial(module.reset_lora_parameters, adapter, how))
-    return calls
 
 
 class _WholeModel:
