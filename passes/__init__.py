@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from omnicompile.passes.align_targets import align_targets_pass
+from omnicompile.passes.chunked_experts import chunk_experts_pass
 from omnicompile.passes.chunked_loss import fuse_loss_head_pass
 from omnicompile.passes.data_mean import insert_data_mean_pass
 from omnicompile.passes.dropout import replace_dropout_pass
@@ -49,6 +50,13 @@ FORWARD_PASSES: tuple[Pass, ...] = (
         insert_expert_parallel_pass,
         requires=frozenset({"sequence"}),
         provides=frozenset({"experts"}),
+        excludes=frozenset({"parameters"}),
+    ),
+    Pass(
+        "chunked-experts",
+        chunk_experts_pass,
+        requires=frozenset({"experts"}),
+        provides=frozenset({"expert-chunks"}),
         excludes=frozenset({"parameters"}),
     ),
     Pass(

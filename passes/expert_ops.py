@@ -47,6 +47,19 @@ class _Permute(torch.autograd.Function):
         return grad.index_select(0, inverse), None, None
 
 
+class _Cut(torch.autograd.Function):
+    """Rows in parts of these sizes, which add up to all of them."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+        torch._check(sum(sizes) == rows.shape[0])
+        return tuple(torch.split_with_sizes(rows, sizes))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        return torch.cat(grads), None
+
+
 def _inverse(order: Tensor) -> Tensor:
     return torch.argsort(order)
 
@@ -81,6 +94,53 @@ def combine(
     unsorted = _Permute.apply(rows, _inverse(sorting), sorting)
     home = _Exchange.apply(unsorted, sent, received, group)
     return torch.ops.omnicompile.expert_combine(home, order, weight)
+
+
+Part = tuple[Tensor, Tensor, Tensor, list[int], list[int]]
+"""Rows of a chunk's experts [received, hidden], counts [experts of the chunk], the order in which arrived rows were
+sorted, and the numbers of rows sent to and received from each rank."""
+
+
+def chunked_dispatch(
+    x: Tensor, index: Tensor, experts: int, ranks: int, chunks: int, group: str
+) -> tuple[Tensor | Part, ...]:
+    """`dispatch` with this rank's experts in `chunks` parts: order [tokens * top_k] and a `Part` for each.
+
+    Rows are sorted by chunk, then rank, then expert: expert (rank r, chunk c, number j) counts as (c, r, j).
+    """
+    mine, part = experts // ranks, experts // ranks // chunks
+    within = index % mine
+    place = (within // part * ranks + index // mine) * part + within % part
+    rows, order, counts = torch.ops.omnicompile.expert_dispatch(x, place, experts)
+    counts = counts.view(chunks, ranks, part)
+    arriving = _send(counts.transpose(0, 1).reshape(-1), [mine] * ranks, [mine] * ranks, group)
+    arriving = arriving.view(ranks, chunks, part).transpose(0, 1)
+    sizes = torch.stack([counts.sum(2), arriving.sum(2)]).flatten().tolist()
+    for size in sizes:
+        torch._check(size >= 0)
+    by_rank = [sizes[i : i + ranks] for i in range(0, len(sizes), ranks)]
+    sent, received = by_rank[:chunks], by_rank[chunks:]
+    expert = torch.arange(part, device=x.device).repeat(ranks)
+    parts: list[Part] = []
+    for number, own in enumerate(_Cut.apply(rows, [sum(to) for to in sent])):
+        arrived = _Exchange.apply(own, received[number], sent[number], group)
+        here = arriving[number]
+        by_row = torch.repeat_interleave(expert, here.reshape(-1), output_size=arrived.shape[0])
+        sorting = torch.argsort(by_row, stable=True)
+        sorted_rows = _Permute.apply(arrived, sorting, _inverse(sorting))
+        parts.append((sorted_rows, here.sum(0), sorting, sent[number], received[number]))
+    return order, *parts
+
+
+def chunked_combine(
+    order: Tensor, weight: Tensor, group: str, *parts: tuple[Tensor, Tensor, list[int], list[int]]
+) -> Tensor:
+    """`combine` of results in parts (results, order in which rows were sorted, sent, received)."""
+    home = []
+    for rows, sorting, sent, received in parts:
+        unsorted = _Permute.apply(rows, _inverse(sorting), sorting)
+        home.append(_Exchange.apply(unsorted, sent, received, group))
+    return torch.ops.omnicompile.expert_combine(torch.cat(home), order, weight)
 
 
 def row_count(rows: Tensor) -> int:

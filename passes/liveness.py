@@ -20,6 +20,7 @@ from omnicompile.capture.classify import is_in_place, is_view
 
 _c10d = torch.ops._c10d_functional
 _WAIT = _c10d.wait_tensor.default
+_CUT = torch.ops.aten.split_with_sizes.default
 _EXCHANGE = _c10d.all_to_all_single.default
 
 Rows = Mapping[sympy.Symbol, int]
@@ -55,10 +56,18 @@ def balanced_rows(graph: fx.Graph) -> dict[sympy.Symbol, int]:
     """A value for each size that is known only at run time: rows that go to or come from one rank, if all ranks send
     each other equally many."""
     rows: dict[sympy.Symbol, int] = {}
+    for node in graph.find_nodes(op="call_function", target=_CUT):  # rows in chunks, each for all ranks
+        whole, parts = node.args[0].meta["val"].shape[0], node.args[1]
+        sizes = [part.meta["val"].node.expr for part in parts if isinstance(part, fx.Node)]
+        symbols = sorted({symbol for size in sizes for symbol in size.free_symbols}, key=str)
+        if isinstance(whole, int):
+            rows |= dict.fromkeys(symbols, whole // max(len(symbols), 1))
     for node in graph.find_nodes(op="call_function", target=_EXCHANGE):
         source, received, sent = node.args[:3]
         assert isinstance(source, fx.Node) and isinstance(received, list | tuple) and isinstance(sent, list | tuple)
         size = source.meta["val"].shape[0]
+        if isinstance(size, torch.SymInt) and size.node.expr.free_symbols <= rows.keys():
+            size = _known(size, rows)
         for split in (*received, *sent):
             symbol = split.meta["val"].node.expr if isinstance(split, fx.Node) else None
             if isinstance(symbol, sympy.Symbol) and isinstance(size, int):

@@ -65,10 +65,10 @@ def overlap_pass(gm: fx.GraphModule, gradients: Sequence[str], prefetch: int = 1
         A1 = gather(p1, q1); a1, b1 = wait(A1); A2 = gather(p2, q2); y = f(x, a1, b1); a2, b2 = wait(A2); ...
         dy, da2 = df(z, a2, b2); G2 = scatter(da2, ...); dx, da1 = df(y, a1, b1); ga2 = wait(G2); G1 = scatter(da1, ...)
 
-    - The gather of a unit is launched while the unit `prefetch` before it computes, before the longest stretch of compute between
-      other collectives of that unit (all-to-alls around attention or experts), so as not to stand in their way. It is
-      waited for before the unit's first use, or before the element-wise work that leads to it, so as not to cut a
-      kernel. At most `prefetch` + 1 units' parameters are whole at a time.
+    - The gather of a unit is launched while the unit `prefetch` before it computes, before the longest stretch of
+      compute between other collectives of that unit (all-to-alls around attention or experts), so as not to stand in
+      their way. It is waited for before the unit's first use, or before the element-wise work that leads to it, so as
+      not to cut a kernel. At most `prefetch` + 1 units' parameters are whole at a time.
     - The gradients of a unit are cast to the dtype they are reduced in, and scattered, when the last of them is there
       (and the kernel that it comes of has ended); they are waited for when a later unit's need the room, or at the end.
       A gradient that was ready to be computed more than a unit earlier is computed then: that of an embedding,

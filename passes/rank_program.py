@@ -112,7 +112,7 @@ class RankProgram:
     log: list[str] = field(default_factory=list)
     aligned: dict[str, int] = field(default_factory=dict)
     done: tuple[str, ...] = ()
-    overlap: Overlap = Overlap()
+    overlap: Overlap = field(default_factory=Overlap)
     cluster: Cluster | None = None  # what times are estimated for; None: the default GPUs
     bound: dict[str, str] = field(default_factory=dict)  # names of process groups by axes string
     kernels: KernelChoice | None = None  # None: operators stay as they are

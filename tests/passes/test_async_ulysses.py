@@ -13,6 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from omnicompile.capture.classify import HEAVY
 from omnicompile.lowering.step_graph import trace_step
+from omnicompile.passes import lower_forward
 from omnicompile.passes.async_ulysses import EXCHANGE, is_exchange_wait, schedule_exchanges_pass
 from omnicompile.passes.liveness import peak_bytes
 from omnicompile.passes.simulate import bound_to_fake_groups, rank_values
@@ -169,8 +170,9 @@ def test_any_graph_stays_in_order_of_what_it_reads(data: st.DataObject) -> None:
 
 def results(kind: str, policy: Recompute, mesh: Mesh, overlap: Overlap) -> tuple[list[str], list[list[Tensor]]]:
     """Products and exchanges of the step graph in order, and by rank the loss and the gradients of its shards."""
-    original, program = lowered(kind, policy, mesh)
-    bound = bound_to_fake_groups(replace(program, overlap=overlap))
+    original, _ = lowered(kind, policy, mesh)
+    program = lower_forward(replace(original, overlap=overlap))
+    bound = bound_to_fake_groups(program)
     gm = trace_step(bound).gm
     whole = whole_values_of(kind, original, program, mesh.data_ranks)
     with local_ranks_mode(mesh.world), torch.no_grad():

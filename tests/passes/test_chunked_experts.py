@@ -1,0 +1,70 @@
+"""Experts in chunks give the same, with one exchange of counts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import fx
+
+from omnicompile.errors import LoweringError
+from omnicompile.passes import expert_ops, lower_forward
+from omnicompile.plan import Mesh, Overlap
+from omnicompile.recompute import Recompute
+
+from .steps import lowered
+from .test_async_ulysses import results
+
+MESH = Mesh(sp=2, ep=2)  # of 4 experts
+
+
+def chunked(chunks: int) -> fx.GraphModule:
+    original, _ = lowered("moe", Recompute.NONE, MESH)
+    return lower_forward(replace(original, overlap=Overlap(expert_chunks=chunks))).gm
+
+
+def test_the_graph_of_two_chunks() -> None:
+    """order, a, b = dispatch; two products with a piece of each weight for each chunk; combine of both."""
+    grouped = torch.ops.omnicompile.grouped_mm.default
+    for dispatch in chunked(2).graph.find_nodes(op="call_function", target=expert_ops.chunked_dispatch):
+        assert dispatch.args[2:5] == (4, 2, 2)
+        items = sorted(dispatch.users, key=lambda node: node.args[1])
+        assert [item.args[1] for item in items] == [0, 1, 2]
+        (combine,) = (user for user in items[0].users if user.target is expert_ops.chunked_combine)
+        assert combine.args[0] is items[0] and len(combine.args) == 5
+        for part, (result, *_) in zip(items[1:], combine.args[3:]):
+            products, stack = set(), [result]
+            while stack:
+                node = stack.pop()
+                if node not in products and node.target is not expert_ops.chunked_dispatch:
+                    products.add(node)
+                    stack += [s for s in node.all_input_nodes if s.op == "call_function"]
+            mine = [node for node in products if node.target is grouped]
+            assert len(mine) == 2
+            numbers = {node.args[1].args[1] for node in mine}
+            assert numbers == {items.index(part) - 1}  # the pieces of the chunk's experts
+            assert {node.args[1].args[0].target for node in mine} == {torch.ops.aten.split.Tensor}
+    assert not chunked(2).graph.find_nodes(op="call_function", target=expert_ops.dispatch)
+
+
+def test_chunks_that_do_not_divide_the_experts_are_refused() -> None:
+    with pytest.raises(LoweringError, match=r"2 experts of a rank in .* cannot be cut into 3 chunks"):
+        chunked(3)
+
+
+@pytest.mark.parametrize(
+    "mesh, policy",
+    [
+        (MESH, Recompute.NONE),
+        pytest.param(Mesh(sp=2, ep=2), Recompute.FULL, marks=pytest.mark.slow),
+        pytest.param(Mesh(dp_shard=4, sp=2, ep=2), Recompute.SELECTIVE, marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_results_keep_their_bits(mesh: Mesh, policy: Recompute, exchanges: bool) -> None:
+    _, want = results("moe", policy, mesh, Overlap(exchanges=False))
+    order, got = results("moe", policy, mesh, Overlap(exchanges=exchanges, expert_chunks=2))
+    assert order.count("omnicompile.grouped_mm.default") >= 16
+    for mine, theirs in zip(got, want):
+        assert len(mine) > 5 and all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
