@@ -13,6 +13,7 @@ from liger_kernel.ops.utils import calculate_settings
 from torch import Tensor
 
 from omnicompile.kernels import reference
+from omnicompile.kernels.layouts import heads_dim
 from omnicompile.kernels.registry import Functions
 
 _EARLY, _LATE = 0, 1  # the package's numbers for where the normalised value is rounded
@@ -57,17 +58,6 @@ def _gated_grad(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]
     width = gate.shape[-1]
     d_gate, d_up = swiglu_backward(_own(gate).view(-1, width), _own(up).view(-1, width), grad.contiguous())
     return d_gate.view(gate.shape), d_up.view(up.shape)
-
-
-def heads_dim(x: tuple[int, ...], table: tuple[int, ...]) -> int | None:
-    """The dimension of heads: the one of the two before the last that the table [..., d] does not have. None where the
-    kernel has no such layout."""
-    if len(x) not in (3, 4) or len(table) != len(x) or table[-1] != x[-1]:
-        return None
-    for dim, sequence in ((len(x) - 3, len(x) - 2), (len(x) - 2, len(x) - 3)):
-        if table[dim] == 1 and table[sequence] == x[sequence]:
-            return dim
-    return None
 
 
 def _arranged(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor, int]:

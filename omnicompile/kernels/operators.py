@@ -29,21 +29,21 @@ def _laid_out_as(result: Tensor, x: Tensor) -> Tensor:
 
 @torch.library.custom_op("omnicompile::rms_norm", mutates_args=())
 def rms_norm(
-    x: Tensor, weight: Tensor, eps: float, offset: float, early_cast: bool, kernel: str
+    input: Tensor, weight: Tensor, eps: float, offset: float, early_cast: bool, kernel: str
 ) -> tuple[Tensor, Tensor]:
     """x [..., d] / sqrt(mean(x ** 2) + eps) * (weight [d] + offset), and 1 / sqrt(...) [...] in float32 or better.
 
     early_cast: the normalised value is rounded to x's dtype before it is multiplied, not after.
     """
-    y, root = functions_of("rms_norm", kernel).forward(x, weight, eps, offset, early_cast)
+    y, root = functions_of("rms_norm", kernel).forward(input, weight, eps, offset, early_cast)
     return y.contiguous(), root.contiguous()
 
 
 @rms_norm.register_fake
 def _rms_norm_fake(
-    x: Tensor, weight: Tensor, eps: float, offset: float, early_cast: bool, kernel: str
+    input: Tensor, weight: Tensor, eps: float, offset: float, early_cast: bool, kernel: str
 ) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=wide(x.dtype))
+    return input.new_empty(input.shape), input.new_empty(input.shape[:-1], dtype=wide(input.dtype))
 
 
 @torch.library.custom_op("omnicompile::rms_norm_backward", mutates_args=())
