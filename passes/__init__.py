@@ -10,6 +10,7 @@ from omnicompile.passes.dropout import replace_dropout_pass
 from omnicompile.passes.expert_parallel import insert_expert_parallel_pass
 from omnicompile.passes.functional import remove_mutation_pass
 from omnicompile.passes.image_order import order_images_pass
+from omnicompile.passes.kernel_rewrites import rewrite_kernels_pass
 from omnicompile.passes.loss import normalise_loss_pass
 from omnicompile.passes.manager import Pass, run_passes
 from omnicompile.passes.parameters import shard_parameters_pass
@@ -38,6 +39,13 @@ FORWARD_PASSES: tuple[Pass, ...] = (
         excludes=frozenset({"sequence"}),
     ),
     Pass("image-order", order_images_pass, provides=frozenset({"image-order"}), excludes=frozenset({"sequence"})),
+    Pass(
+        "kernels",
+        rewrite_kernels_pass,
+        requires=frozenset({"functional", "global-loss"}),
+        provides=frozenset({"kernels"}),
+        excludes=frozenset({"sequence"}),
+    ),
     Pass(
         "sequence-parallel",
         insert_sequence_parallel_pass,
