@@ -18,6 +18,16 @@ from omnicompile.torch_compat import CompilerBackend, compiler_backend
 Function = Callable[..., tuple[Tensor, ...]]
 
 
+@dataclass(frozen=True)
+class StepFunction:
+    """run: forward and backward as a function of the forward's placeholders. gradients: placeholders whose gradients
+    follow the loss in what it gives. summed: those of them that are summed over replicas already."""
+
+    run: Function
+    gradients: tuple[str, ...]
+    summed: frozenset[str]
+
+
 @dataclass
 class Compilations:
     """count: graphs that have been given to a compiler so far, again for other shapes included."""
@@ -45,11 +55,11 @@ def move_to(gm: fx.GraphModule, device: torch.device) -> fx.GraphModule:
 
 
 def step_with(
-    compile: Compile, device: torch.device, made: Compilations, program: RankProgram
-) -> tuple[Function, tuple[str, ...]]:
-    """The step graph of `program` on `device` as a function, and the placeholders whose gradients it gives."""
-    step = trace_step(program)
-    return compile(move_to(step.gm, device), made), step.gradients
+    compile: Compile, device: torch.device, made: Compilations, program: RankProgram, last: bool
+) -> StepFunction:
+    """The step graph of `program` on `device`. last: for a step without accumulation, see `trace_step`."""
+    step = trace_step(program, last)
+    return StepFunction(compile(move_to(step.gm, device), made), step.gradients, step.summed)
 
 
 def _counted(name: str, made: Compilations) -> CompilerBackend:
@@ -84,7 +94,7 @@ class Backend:
     """compile: of the forward. make_step: of forward and backward as one graph; None: autograd does the backward."""
 
     compile: Compile
-    make_step: Callable[[torch.device, Compilations, RankProgram], tuple[Function, tuple[str, ...]]] | None = None
+    make_step: Callable[[torch.device, Compilations, RankProgram, bool], StepFunction] | None = None
 
 
 BACKENDS: Mapping[str, Backend] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -29,7 +29,7 @@ from omnicompile.passes.rank_program import DATA_AXES, RankProgram
 from omnicompile.plan import LossHead, Plan
 from omnicompile.recompute import Recompute
 from omnicompile.runtime.agreement import MOST_LOSSES, require_same
-from omnicompile.runtime.backends import Backend, Compilations, Function, move_to
+from omnicompile.runtime.backends import Backend, Compilations, Function, StepFunction, move_to
 from omnicompile.runtime.mesh import RuntimeMesh
 from omnicompile.runtime.state import own_buffers
 
@@ -61,25 +61,37 @@ class LoadedProgram:
     order: tuple[str, ...]
     fixed: dict[str, Tensor]
     forward: Function
-    make_step: Callable[[RankProgram], tuple[Function, tuple[str, ...]]] | None = None
+    make_step: Callable[[RankProgram, bool], StepFunction] | None = None
     parts: tuple[str, ...] = ()
-    _step: tuple[Function, tuple[str, ...]] | None = None
+    _steps: dict[bool, StepFunction] = field(default_factory=dict)
 
     def run(self, values: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """The forward's outputs. values: by placeholder; params: local shards by the model's names."""
         return self.forward(*self._arguments(values, params))
 
+    def summed(self, last: bool) -> frozenset[str]:
+        """Parameters whose gradients `step` gives summed over replicas."""
+        step = self._steps.get(self._sums(last))
+        return frozenset() if step is None else frozenset(self.program.params[p].name for p in step.summed)
+
+    def _sums(self, last: bool) -> bool:
+        """Whether the step's graph is one with sums over replicas; without any there is a single graph."""
+        wanted = last and self.program.overlap.replica_sums
+        return wanted and any(spec.reduce_axes for spec in self.program.params.values())
+
     def step(
-        self, values: Mapping[str, Tensor], params: Mapping[str, Tensor]
+        self, values: Mapping[str, Tensor], params: Mapping[str, Tensor], last: bool = False
     ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]] | None:
-        """The forward's outputs, and gradients of local shards by the model's names; None if there is no step graph."""
+        """The forward's outputs, and gradients of local shards by the model's names; None if there is no step graph.
+        last: these are the whole gradients of an optimizer step, so they may be summed over replicas."""
         if self.make_step is None:
             return None
-        if self._step is None:
-            self._step = self.make_step(self.program)
-        function, placeholders = self._step
+        sums = self._sums(last)
+        if sums not in self._steps:
+            self._steps[sums] = self.make_step(self.program, sums)
+        placeholders = self._steps[sums].gradients
         with torch.no_grad():
-            loss, *rest = function(*self._arguments(values, params))
+            loss, *rest = self._steps[sums].run(*self._arguments(values, params))
         grads, others = rest[: len(placeholders)], rest[len(placeholders) :]
         return (loss, *others), {self.program.params[p].name: grad for p, grad in zip(placeholders, grads)}
 

@@ -66,6 +66,7 @@ class _Call:
     values: dict[str, Tensor]
     window: Window
     losses: dict[str, Tensor] = field(default_factory=dict)
+    summed: frozenset[str] = frozenset()  # parameters whose gradients the step has summed over replicas
 
 
 class _Step(torch.autograd.Function):
@@ -75,7 +76,9 @@ class _Step(torch.autograd.Function):
     def forward(ctx: Any, call: _Call, *params: Tensor) -> Tensor:
         shards = dict(zip(call.module.store.local, (p.detach() for p in params)))
         ctx.call, ctx.local, ctx.leaves, ctx.grads = call, None, (), None
-        done = call.loaded.step(call.values, shards)
+        last = call.window.last and not call.module._pending
+        done = call.loaded.step(call.values, shards, last)
+        call.summed = call.loaded.summed(last)
         if done is None:
             leaves = {name: p.requires_grad_(q.requires_grad) for (name, p), q in zip(shards.items(), params)}
             with torch.enable_grad():
@@ -92,7 +95,7 @@ class _Step(torch.autograd.Function):
         if ctx.grads is None and ctx.local is None:
             raise RuntimeError("backward a second time: the graph's tensors have been freed")
         with module._watch.guard("the backward"):
-            return None, *module.reduce_gradients(_gradients(ctx, seed), ctx.call.window)
+            return None, *module.reduce_gradients(_gradients(ctx, seed), ctx.call.window, ctx.call.summed)
 
 
 def _gradients(ctx: Any, seed: Tensor) -> list[Tensor | None]:
@@ -228,8 +231,16 @@ class ParallelModule(nn.Module):
         finally:
             self._window = before
 
-    def reduce_gradients(self, grads: list[Tensor | None], window: Window) -> list[Tensor | None]:
-        """Sum gradients over the ranks that hold the same shard; before the last micro-step they are kept instead."""
+    def reduce_gradients(
+        self, grads: list[Tensor | None], window: Window, summed: frozenset[str] = frozenset()
+    ) -> list[Tensor | None]:
+        """Sum gradients over the ranks that hold the same shard; before the last micro-step they are kept instead.
+        summed: parameters of which the step's graph has done it, as there was nothing kept before it."""
+        if summed and self._pending:
+            raise InputError(
+                "a forward of the last micro-step ran before the backward of an earlier one: call backward() of each "
+                "micro-step before the next forward, or plan with overlap.replica_sums off"
+            )
         result: list[Tensor | None] = []
         wanted: dict[tuple[tuple[str, ...], torch.dtype], list[Tensor]] = {}
         for (name, spec), grad in zip(self.store.specs.items(), grads):
@@ -238,10 +249,10 @@ class ParallelModule(nn.Module):
                 continue
             kept = self._pending.pop(name, None)
             grad = grad if kept is None else grad + kept
-            if window.last:
+            if window.last and name not in summed:
                 grad = grad.contiguous()
                 wanted.setdefault((spec.reduce_axes, grad.dtype), []).append(grad)
-            else:
+            elif not window.last:
                 self._pending[name] = grad
             result.append(grad if window.last else None)
         for (axes, _), tensors in wanted.items():

@@ -163,6 +163,6 @@ def _workload(example: Mapping[str, Any]) -> Workload:
 def plan_lines(plan: Plan) -> str:
     """The choices that decide what runs, one a line."""
     lines = [f"mesh {plan.mesh}", f"micro-batch {plan.micro_batch}", f"loss head {plan.loss_head}"]
-    lines += [f"dtype {plan.param_dtype}, gradients {plan.reduce_dtype}"]
+    lines += [f"dtype {plan.param_dtype}, gradients {plan.reduce_dtype}", f"{plan.overlap}"]
     lines += [f"block {name}: {choices}" for name, choices in sorted(plan.blocks.items())]
     return "\n".join(lines)
