@@ -95,7 +95,8 @@ class RankProgram:
     blocks: by the names in node.meta["block"]. params / inputs: by placeholder name. param_dtype: compute dtype, None
     for the stored one. reduce_dtype: of the gradient reductions. groups: axes strings in use. outputs: placement of
     every output over sp; scalars are a data rank's summands, the first is the loss and Partial. aligned: placeholders
-    of segment bounds that must include every multiple of the given size (see `check_alignment`).
+    of segment bounds that must include every multiple of the given size (see `check_alignment`). compute_weights: a
+    step is given parameters in the compute dtype; masters stay with the optimizer on the host.
     """
 
     gm: fx.GraphModule
@@ -116,6 +117,7 @@ class RankProgram:
     cluster: Cluster | None = None  # what times are estimated for; None: the default GPUs
     bound: dict[str, str] = field(default_factory=dict)  # names of process groups by axes string
     kernels: KernelChoice | None = None  # None: operators stay as they are
+    compute_weights: bool = False
 
     def group(self, axes: str) -> str:
         """The group argument of a collective over `axes`, to be bound late."""

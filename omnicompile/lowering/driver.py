@@ -102,6 +102,7 @@ def rank_program(
         loss_head=plan.loss_head,
         overlap=plan.overlap,
         cluster=plan.cluster,
+        compute_weights=plan.offload_optimizer,
     )
 
 

@@ -8,6 +8,7 @@ the graph's order, each stream in order. Nothing of the planner is used.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -31,10 +32,10 @@ _ADAM_STATES = 2
 
 @dataclass(frozen=True)
 class DryRun:
-    """Of one rank. peak_bytes: parameters and gradients included, without optimizer_bytes (of Adam). holders: what is
-    alive at the peak beside parameters, by node, in bytes. collectives: of a micro-step, (kind, axes) -> (number,
-    bytes). timeline: of a micro-step. replica_seconds, update_seconds: after the last one, the sum of gradients over
-    replicas and the optimizer."""
+    """Of one rank. peak_bytes: parameters and gradients included, without optimizer_bytes (of Adam, on the device).
+    holders: what is alive at the peak beside parameters, by node, in bytes. collectives: of a micro-step, (kind, axes)
+    -> (number, bytes). timeline: of a micro-step. replica_seconds, update_seconds: after the last one, the sum of
+    gradients over replicas and the optimizer."""
 
     nodes: int
     kernels: int
@@ -75,7 +76,7 @@ def dry_run_program(
     found = kernels(gm)
     peak = peak_bytes(gm, rows, [kernel.nodes for kernel in found], in_registers(found), in_flight=True)
     states = {n.name: tensor_bytes(n.meta["val"], rows) for n in gm.graph.find_nodes(op="placeholder")}
-    trained = {name: states[name] for name, spec in program.params.items() if spec.trainable}
+    trained = {name: _master_bytes(program, name) for name, spec in program.params.items() if spec.trainable}
     prices = Prices(program.mesh, cluster, host, rows)
     tasks = prices.tasks(gm.graph, found)
     return DryRun(
@@ -85,11 +86,11 @@ def dry_run_program(
         peak_at=peak.node,
         holders=peak.holders,
         parameter_bytes=sum(states[name] for name in program.params),
-        optimizer_bytes=_ADAM_STATES * sum(trained.values()),
+        optimizer_bytes=0 if program.compute_weights else _ADAM_STATES * sum(trained.values()),
         collectives=counted(gm.graph, rows),
         timeline=simulate(Schedule((Loop("step", tuple(_contending(tasks, gm.graph, prices)), 1),))),
         replica_seconds=_replicas(program, {n: b for n, b in trained.items() if n not in step.summed}, prices),
-        update_seconds=prices.memory(sum(trained.values()) / 4 * OPTIMIZER_BYTES),
+        update_seconds=_update(program, trained, prices),
     )
 
 
@@ -102,6 +103,18 @@ def _contending(tasks: list[Task], graph: fx.Graph, prices: Prices) -> list[Task
     return [
         Task(t.name, t.stream, t.seconds * slow, t.kind, t.block, t.after) if t.stream == COMPUTE else t for t in tasks
     ]
+
+
+def _master_bytes(program: RankProgram, name: str) -> int:
+    """Of a parameter's shard as the optimizer has it, and of its gradient."""
+    spec = program.params[name]
+    return math.prod(spec.local_shape(program.mesh)) * spec.dtype.itemsize
+
+
+def _update(program: RankProgram, trained: Mapping[str, int], prices: Prices) -> float:
+    """Seconds of the optimizer. On the host it runs as gradients come out and weights go in, as the planner has it."""
+    update = prices.memory(sum(trained.values()) / 4 * OPTIMIZER_BYTES)
+    return 2 * max(update, prices.host_copy(sum(trained.values()))) if program.compute_weights else update
 
 
 def _replicas(program: RankProgram, trained: Mapping[str, int], prices: Prices) -> float:

@@ -18,8 +18,10 @@ from omnicompile.cluster import Cluster
 from omnicompile.errors import LoweringError
 from omnicompile.lowering.step_prices import ExchangeClock
 from omnicompile.passes.async_ulysses import schedule_exchanges_pass
+from omnicompile.passes.compute_weights import compute_weights_pass
 from omnicompile.passes.liveness import balanced_rows
 from omnicompile.passes.no_ops import no_ops_pass
+from omnicompile.passes.offload import offload_pass
 from omnicompile.passes.overlap import last_unit, overlap_pass
 from omnicompile.passes.rank_program import RankProgram
 from omnicompile.passes.recompute import recompute_pass
@@ -100,6 +102,9 @@ def trace_step(program: RankProgram, last: bool = False) -> StepGraph:
     summed: set[str] = set()
     if last and program.overlap.replica_sums:
         summed = sum_over_replicas_pass(gm, gradients, program.params, program.bound)
+    if program.compute_weights and program.param_dtype is not None:
+        compute_weights_pass(gm, program.params, program.param_dtype)
+    offload_pass(gm, program.blocks, program.params)
     return StepGraph(gm, gradients, gathers, recomputed, frozenset(summed))
 
 

@@ -20,9 +20,10 @@ from omnicompile.cluster import Cluster
 from omnicompile.cost_model.collectives import channel, collective_seconds
 from omnicompile.cost_model.hardware import Hardware, load_hardware
 from omnicompile.cost_model.kernels import attention_seconds, gemm_seconds, grouped_gemm_seconds, memory_seconds
-from omnicompile.cost_model.schedule import COMPUTE, Dep, Task
+from omnicompile.cost_model.schedule import COMPUTE, COPY, Dep, Task
 from omnicompile.lowering.regions import find_regions
 from omnicompile.passes.liveness import Rows, elements, launch_of, storages_bytes, tensor_bytes
+from omnicompile.passes.offload_op import FETCH, FETCH_WAIT, OFFLOAD, OFFLOAD_WAIT
 from omnicompile.passes.rank_program import GROUP_PREFIX, group_ranks
 from omnicompile.plan import Mesh
 
@@ -39,6 +40,8 @@ _COLLECTIVES = {
     _c10d.all_reduce_coalesced_.default: "all_reduce",
     _c10d.all_to_all_single.default: "all_to_all",
 }
+_HOST_COPIES = {OFFLOAD: "offload", FETCH: "fetch"}
+_HOST_WAITS = (OFFLOAD_WAIT, FETCH_WAIT)
 _ATTENTION = (_oc.attention.default, _oc.attention_backward.default)
 _GROUPED = (_oc.grouped_mm.default, _oc.grouped_mm_weight.default)
 _ROWS_ONLY = (_aten.embedding.default, _aten.index.Tensor, _aten.index_select.default, _aten.gather.default)
@@ -60,7 +63,7 @@ def kernels(gm: fx.GraphModule) -> list[Kernel]:
         inside.update(region.nodes)
         found += [Kernel(tuple(sorted(group, key=order.__getitem__))) for group in fuse(list(region.nodes))]
     for node in gm.graph.nodes:
-        if node not in inside and not is_free(node) and not is_collective(node):
+        if node not in inside and not is_free(node) and not is_collective(node) and node.target not in _HOST_COPIES:
             found.append(Kernel((node,)))
     return sorted(found, key=lambda kernel: order[kernel.nodes[-1]])
 
@@ -120,6 +123,10 @@ class Prices:
                 yield from self._collective(node)
             elif node.target is _WAIT:
                 yield Task(node.name, COMPUTE, 0.0, "wait", after=(Dep(launch_of(node).name),))
+            elif node.target in _HOST_COPIES:
+                yield from self._host_copy(node)
+            elif node.target in _HOST_WAITS:
+                yield Task(node.name, COMPUTE, 0.0, "wait", after=(Dep(_host_launch(node).name),))
             elif node in ends:
                 seconds = self.seconds(ends[node])
                 if seconds > 0:
@@ -130,6 +137,16 @@ class Prices:
         ready = Task(f"{node.name}.ready", COMPUTE, 0.0, "wait")
         kind = _COLLECTIVES[node.target]  # type: ignore[index]
         return [ready, Task(node.name, stream, seconds, kind, after=(Dep(ready.name),))]
+
+    def _host_copy(self, node: fx.Node) -> list[Task]:
+        ready = Task(f"{node.name}.ready", COMPUTE, 0.0, "wait")
+        kind, seconds = _HOST_COPIES[node.target], self.host_copy(_host_bytes(node, self.rows))  # type: ignore[index]
+        return [ready, Task(node.name, COPY, seconds, kind, str(node.meta.get("block", "")), (Dep(ready.name),))]
+
+    def host_copy(self, nbytes: float) -> float:
+        """Seconds to move `nbytes` between a GPU and its host memory."""
+        link = self.hw.host_link
+        return link.latency_seconds + nbytes / link.bytes_per_second
 
     def collective(self, node: fx.Node) -> tuple[str, float]:
         """(the stream that it runs on, seconds)"""
@@ -248,6 +265,20 @@ class ExchangeClock:
 
     def exchange_seconds(self, node: fx.Node) -> tuple[str, float]:
         return self.prices.collective(node)
+
+
+def _host_launch(wait: fx.Node) -> fx.Node:
+    """The copy that is waited for: of `fetch_wait` what its tensors are elements of."""
+    launch = wait.args[1] if wait.target is OFFLOAD_WAIT else wait.all_input_nodes[0].args[0]
+    assert isinstance(launch, fx.Node)
+    return launch
+
+
+def _host_bytes(node: fx.Node, rows: Rows) -> int:
+    """That a copy to the host or from there moves."""
+    moved = node if node.target is OFFLOAD else node.args[0]
+    assert isinstance(moved, fx.Node)
+    return tensor_bytes(moved.meta["host"], rows)
 
 
 def _tensor(node: object) -> Tensor:

@@ -45,11 +45,11 @@ def captured(kind: str) -> Captured:
     return Captured(model, batches, with_outputs(forward, ("loss",)), inputs)
 
 
-def lowered(kind: str, policy: Recompute, mesh: Mesh) -> tuple[RankProgram, RankProgram]:
+def lowered(kind: str, policy: Recompute, mesh: Mesh, offload: bool = False) -> tuple[RankProgram, RankProgram]:
     """(before, after) the passes."""
     given = captured(kind)
     layout = Layout.SEQUENCE if mesh.sp > 1 else Layout.BATCH
-    block = BlockPlan(Sharding.FSDP, layout, mesh.sp, mesh.ep, recompute=policy)
+    block = BlockPlan(Sharding.FSDP, layout, mesh.sp, mesh.ep, recompute=policy, offload=offload)
     tokens = given.batches[0]["input_ids"].shape[1]
     program = program_of(given.forward, given.model, mesh, dict.fromkeys(BLOCKS[kind], block), tokens)
     return program, lower_forward(program)
@@ -65,9 +65,9 @@ def whole_values_of(kind: str, original: RankProgram, program: RankProgram, data
     return [{name: (fixed | own).get(name, count).detach().clone() for name in names} for own in prepared]
 
 
-def one_rank_step(kind: str, policy: Recompute) -> tuple[StepGraph, list[Tensor]]:
+def one_rank_step(kind: str, policy: Recompute, offload: bool = False) -> tuple[StepGraph, list[Tensor]]:
     """The step graph on a single rank, and its arguments."""
-    original, program = lowered(kind, policy, Mesh())
+    original, program = lowered(kind, policy, Mesh(), offload)
     step = trace_step(program)
     (values,) = whole_values_of(kind, original, program, 1)
     return step, list(values.values())
@@ -84,9 +84,11 @@ def first_rank_step(kind: str, policy: Recompute, mesh: Mesh) -> tuple[StepGraph
     return trace_step(bound), list(values.values())
 
 
-def run_on_all_ranks(kind: str, policy: Recompute, mesh: Mesh) -> tuple[StepGraph, list[list[Tensor]]]:
+def run_on_all_ranks(
+    kind: str, policy: Recompute, mesh: Mesh, offload: bool = False
+) -> tuple[StepGraph, list[list[Tensor]]]:
     """The step graph, and by rank the loss and the gradients of its shards."""
-    original, program = lowered(kind, policy, mesh)
+    original, program = lowered(kind, policy, mesh, offload)
     bound = bound_to_fake_groups(program)
     step = trace_step(bound)
     whole = whole_values_of(kind, original, program, mesh.data_ranks)
