@@ -21,8 +21,8 @@ def import_class(path: str, where: str) -> Any:
 
 
 def find_class(name: str, where: str) -> type[PreTrainedModel]:
-    """The model class called `name`: one that transformers exports (`SiglipVisionModel`), one of a model family of it
-    (`whisper.WhisperEncoder`), or any other by its path (`package.module.Class`). where: for errors.
+    """The model class called `name`: one that transformers exports (`ViTModel`), one of a model family of it
+    (`vit.ViTModel`), or any other by its path (`package.module.Class`). where: for errors.
 
     Raises InputError if there is none, or if it is no PreTrainedModel.
     """
@@ -37,8 +37,8 @@ def find_class(name: str, where: str) -> type[PreTrainedModel]:
             found = getattr(importlib.import_module(module_name if "." in module_name else family), class_name)
     except (ImportError, AttributeError) as error:
         raise InputError(
-            f"{where}: there is no class {name}: give one that transformers exports (SiglipVisionModel), one of its "
-            "model families (whisper.WhisperEncoder), or package.module.Class"
+            f"{where}: there is no class {name}: give one that transformers exports (ViTModel), one of its "
+            "model families (vit.ViTModel), or package.module.Class"
         ) from error
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
         raise InputError(f"{where}: {name} is not a PreTrainedModel class")

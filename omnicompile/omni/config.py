@@ -141,7 +141,7 @@ def _foundation(given: Any) -> Any:
     fields = dict(given)
     kind = fields.pop("model_type", None)
     if kind is None:
-        raise InputError("foundation: give its model_type, such as llama or qwen3_moe")
+        raise InputError("foundation: give its model_type, as in a config.json")
     try:
         return AutoConfig.for_model(kind, **fields)
     except Exception as error:  # an unknown type, or the configuration's own checks

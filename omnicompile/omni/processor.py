@@ -115,7 +115,7 @@ class OmniProcessor:
 
 def patchify(values: Tensor, sizes: dict[str, int], name: str) -> tuple[Tensor, Tensor]:
     """An image [channels, height, width] or video [frames, channels, height, width] -> patches [n, values of one] and
-    their grid [1, 3]. Patches that are merged into one token are neighbours, as the Qwen encoders want them; an image
+    their grid [1, 3]. Patches that are merged into one token are neighbours; an image
     is repeated to the frames of a patch. Raises InputError where the sides do not divide."""
     video = values if values.dim() == 4 else values[None]
     patch, merge, temporal = sizes["patch"], sizes["merge"], sizes["temporal"]
