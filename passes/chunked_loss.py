@@ -51,7 +51,7 @@ def fuse_loss_head_pass(program: RankProgram, plan: Plan | None = None, rows: in
         else:
             _replace(program, node, match, rows)
             fused += 1
-    if not losses:
+    if not losses and not has_chunked_loss(program):
         program.notes.append("there is no cross-entropy whose head could be chunked")
     program.gm.graph.eliminate_dead_code()
     program.gm.graph.lint()
@@ -61,8 +61,8 @@ def fuse_loss_head_pass(program: RankProgram, plan: Plan | None = None, rows: in
 
 
 def has_chunked_loss(program: RankProgram) -> bool:
-    """Whether the pass has fused a head of this program."""
-    return bool(program.gm.graph.find_nodes(op="call_function", target=chunked_cross_entropy))
+    """Whether this pass, or the kernel pass before it, has fused a head of this program."""
+    return any(node.meta.get("role") == ROLE for node in program.gm.graph.nodes)
 
 
 @dataclass(frozen=True)

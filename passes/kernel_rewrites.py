@@ -19,6 +19,7 @@ from omnicompile.kernels.layouts import heads_dim
 from omnicompile.kernels.registry import INDUCTOR, Problem
 from omnicompile.kernels.table import VARIANTS
 from omnicompile.passes import kernel_patterns as patterns
+from omnicompile.passes.chunked_loss import ROLE as CHUNKED_LOSS
 from omnicompile.passes.kernel_patterns import CrossEntropy, LinearCrossEntropy, RmsNorm, Rope, Swiglu
 from omnicompile.passes.propagate import module_of, schema_values
 from omnicompile.passes.rank_program import RankProgram, axis_size
@@ -131,20 +132,23 @@ class _Rewriter:
         elif not self.chunked and (loss := patterns.match_cross_entropy(node)) is not None:
             self._cross_entropy(loss)
 
-    def _put(self, problem: Problem, result: fx.Node, target: torch._ops.OpOverload, args: tuple[Any, ...]) -> None:
+    def _put(
+        self, problem: Problem, result: fx.Node, target: torch._ops.OpOverload, args: tuple[Any, ...]
+    ) -> fx.Node | None:
         """The operator (its first output) in the place of `result`, unless the compiler is to do it."""
         kernel = self.choice.pick(problem, module_of(result))
         if kernel.name == INDUCTOR:
-            return
+            return None
         self.done[f"{problem.operator} by {kernel.name}"] += 1
         graph = self.program.gm.graph
         with graph.inserting_before(result):
-            new = _call(graph, target, (*args, kernel.name), result)
-            if isinstance(new.meta["val"], tuple | list):
-                new = _call(graph, operator.getitem, (new, 0), result)
+            call = new = _call(graph, target, (*args, kernel.name), result)
+            if isinstance(call.meta["val"], tuple | list):
+                new = _call(graph, operator.getitem, (call, 0), result)
             if new.meta["val"].dtype != result.meta["val"].dtype:
                 new = _call(graph, aten.to.dtype, (new, result.meta["val"].dtype), result)
         result.replace_all_uses_with(new)
+        return call
 
     def _rms_norm(self, found: RmsNorm) -> None:
         x = _value(found.input)
@@ -194,7 +198,9 @@ class _Rewriter:
                 flat = found.hidden, [-1, hidden.shape[-1]]
                 rows = _call(self.program.gm.graph, aten.reshape.default, flat, found.result)
         args = rows, found.weight, found.target, found.ignore
-        self._put(problem, found.result, omni.linear_cross_entropy.default, args)
+        fused = self._put(problem, found.result, omni.linear_cross_entropy.default, args)
+        if fused is not None:
+            fused.meta["role"] = CHUNKED_LOSS
 
     def _trained(self, node: fx.Node) -> bool:
         spec = self.program.params.get(node.name)
