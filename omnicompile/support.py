@@ -23,8 +23,6 @@ def not_executable(plan: Plan) -> tuple[str, ...]:
     found = []
     for name, block in plan.blocks.items():
         found += [f"{name}: {what} ({name}.{key} avoids it)" for key, what in block_not_executable(block).items()]
-    if plan.offload_optimizer:
-        found.append("optimizer state in host memory (offload_optimizer=false avoids it)")
     degrees = {"tp": plan.mesh.tp, "cp": plan.mesh.cp, "pp": plan.mesh.pp}
     found += [f"{axis} (mesh.{axis}=1 avoids it)" for axis, degree in degrees.items() if degree > 1]
     stack = {f.name: (getattr(plan.stack, f.name), f.default) for f in fields(plan.stack)}
@@ -45,15 +43,15 @@ def block_not_executable(block: BlockPlan) -> dict[str, str]:
     found = {}
     if block.sharding is Sharding.ZERO1:
         found["sharding=fsdp"] = "only the optimizer's state sharded"
-    if block.offload:
-        found["offload=false"] = "activations in host memory"
     return found
 
 
 def block_on_request(block: BlockPlan) -> dict[str, str]:
-    """By the pin that avoids it, what of a block's choices is only planned when asked for: what cannot be executed, and
-    what runs but not with every batch of the budget."""
+    """By the pin that avoids it, what of a block's choices is only planned when asked for: what cannot be executed,
+    what runs but not with every batch of the budget, and what takes host memory, for which the price has no limit."""
     found = block_not_executable(block)
+    if block.offload:
+        found["offload=false"] = "activations in host memory"
     if block.layout is Layout.IMAGES and block.sp > 1:
         found["layout=sequence"] = "whole images dealt out to ranks, with room on each for those of every batch"
     return found

@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     search.add_argument(
         "--priced",
         action="store_true",
-        help="also consider what is priced and not executable yet (host offload, images dealt out to SP ranks)",
+        help="also consider what is planned on request only: host offload, images dealt out to SP ranks",
     )
     search.add_argument("--top", type=int, default=4, metavar="K", help="how many plans to show (4)")
     answer = search.add_mutually_exclusive_group()

@@ -220,7 +220,7 @@ class Search:
             changes.append(f"samples of {seq_len} tokens")
         step = {**space.pins.step, "priced": True}
         if not space.priced and _fits(space.program, space.cluster, space.workload, replace(space.pins, step=step)):
-            changes.append("offloading to host memory (--priced: priced, not executable yet)")
+            changes.append("offloading to host memory (--priced, if the host has room for it)")
         if space.pins and _fits(space.program, space.cluster, space.workload, Pins()):
             changes.append("leaving out the pins (the planner then also considers sp, recompute and offloading)")
         return changes

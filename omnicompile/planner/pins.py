@@ -21,7 +21,7 @@ STEP_FIELDS: dict[str, Parser] = {
     "offload_optimizer": bool,
     "param_dtype": str,
     "reduce_dtype": str,
-    # Not a choice of the plan: also consider choices that are priced and not executable yet.
+    # Not a choice of the plan: also consider what is planned on request only.
     "priced": bool,
 }
 STACK_FIELDS: dict[str, Parser] = field_types(Stack)

@@ -77,7 +77,7 @@ class Space:
 
     @property
     def priced(self) -> bool:
-        """Whether choices that cannot be executed yet are considered too (those that are pinned always are)."""
+        """Whether what is planned on request only is considered too (what is pinned always is)."""
         return bool(self.pins.step.get("priced", False))
 
     def _points(self) -> list[Point]:
@@ -156,7 +156,7 @@ class Space:
         return [Layout.SEQUENCE, *([Layout.IMAGES] if described.units else []), Layout.REPLICATED]
 
     def _considered(self, block: str, plan: BlockPlan) -> bool:
-        """False for a plan that cannot be executed yet and that nobody asked for."""
+        """False for a plan with something that is planned on request only and that nobody asked for."""
         pinned = self.pins.blocks.get(block, {})
         return self.priced or all(key.partition("=")[0] in pinned for key in block_on_request(plan))
 

@@ -25,12 +25,14 @@ from omnicompile.lowering.graph_capture import LOSS_PART, CapturedForward, Lower
 from omnicompile.lowering.host_program import is_host_input
 from omnicompile.passes.chunked_loss import has_chunked_loss
 from omnicompile.passes.placement import Partial, Replicate, Shard
-from omnicompile.passes.rank_program import DATA_AXES, RankProgram
+from omnicompile.passes.rank_program import DATA_AXES, ParamSpec, RankProgram
 from omnicompile.plan import LossHead, Plan
 from omnicompile.recompute import Recompute
 from omnicompile.runtime.agreement import MOST_LOSSES, require_same
 from omnicompile.runtime.backends import Backend, Compilations, Function, StepFunction, move_to
 from omnicompile.runtime.mesh import RuntimeMesh
+from omnicompile.runtime.offload import HostStore, check_backend
+from omnicompile.runtime.parameters import ParameterStore
 from omnicompile.runtime.state import own_buffers
 
 LABELS = "labels"
@@ -147,6 +149,7 @@ class Engine:
         self.buffers = own_buffers(model, mesh.device)
         self._captures: dict[str, Capture] = {}
         self._programs: dict[tuple[str, bool], LoadedProgram] = {}
+        check_backend(plan, stored, backend.make_step is not None)
         recomputed = sorted(name for name, block in plan.blocks.items() if block.recompute is not Recompute.NONE)
         if recomputed and backend.make_step is None:
             warnings.warn(
@@ -154,6 +157,12 @@ class Engine:
                 'results and more memory: use backend="inductor" or "step"',
                 stacklevel=3,
             )
+
+    def new_store(self, specs: Mapping[str, ParamSpec]) -> ParameterStore:
+        """Where this rank's parameters will be."""
+        if self.plan.offload_optimizer:
+            return HostStore(self.mesh, specs, dtype_named(self.plan.param_dtype))
+        return ParameterStore(self.mesh, specs)
 
     def capture(self, batch: Mapping[str, Any], signature: str) -> Capture:
         if signature not in self._captures:

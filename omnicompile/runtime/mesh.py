@@ -49,16 +49,18 @@ class RuntimeMesh:
     def coordinate(self, axes: str) -> int:
         return axis_coordinate(self.mesh, axes, self.rank)
 
-    def device_mesh(self, axes: tuple[str, ...]) -> DeviceMesh:
-        """A DeviceMesh with one dimension per axes string, of the ranks that differ from this one in them only."""
+    def device_mesh(self, axes: tuple[str, ...], device_type: str | None = None) -> DeviceMesh:
+        """A DeviceMesh with one dimension per axes string, of the ranks that differ from this one in them only.
+        device_type: of its tensors, if not this rank's device."""
+        kind = device_type or self.device.type
         ranks = [list(group_ranks(self.mesh, name, self.rank)) for name in axes]
         groups = [self.group(name) for name in axes]
         if len(axes) == 1:
-            return DeviceMesh.from_group(groups[0], self.device.type, mesh_dim_names=(_dim_name(axes[0]),))
+            return DeviceMesh.from_group(groups[0], kind, mesh_dim_names=(_dim_name(axes[0]),))
         outer, inner = ranks
         grid = [[self._at(axes, a, b) for b in range(len(inner))] for a in range(len(outer))]
         return DeviceMesh.from_group(
-            groups, self.device.type, mesh=torch.tensor(grid), mesh_dim_names=tuple(map(_dim_name, axes))
+            groups, kind, mesh=torch.tensor(grid), mesh_dim_names=tuple(map(_dim_name, axes))
         )
 
     def _at(self, axes: tuple[str, ...], outer: int, inner: int) -> int:

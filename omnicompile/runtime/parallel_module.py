@@ -74,7 +74,7 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: _Call, *params: Tensor) -> Tensor:
-        shards = dict(zip(call.module.store.local, (p.detach() for p in params)))
+        shards = {name: value.detach() for name, value in call.module.store.weights().items()}
         ctx.call, ctx.local, ctx.leaves, ctx.grads = call, None, (), None
         last = call.window.last and not call.module._pending
         done = call.loaded.step(call.values, shards, last)
@@ -95,7 +95,8 @@ class _Step(torch.autograd.Function):
         if ctx.grads is None and ctx.local is None:
             raise RuntimeError("backward a second time: the graph's tensors have been freed")
         with module._watch.guard("the backward"):
-            return None, *module.reduce_gradients(_gradients(ctx, seed), ctx.call.window, ctx.call.summed)
+            complete = module.reduce_gradients(_gradients(ctx, seed), ctx.call.window, ctx.call.summed)
+            return None, *module.store.give_out(complete)
 
 
 def _gradients(ctx: Any, seed: Tensor) -> list[Tensor | None]:
@@ -122,7 +123,7 @@ class ParallelModule(nn.Module):
         super().__init__()
         self.engine = engine
         self.budget = budget
-        self.store = ParameterStore(engine.mesh, specs)
+        self.store = engine.new_store(specs)
         self.store.fill(values)
         for name, parameter in self.store.local.items():
             add_parameter(self, name, parameter)
@@ -146,7 +147,7 @@ class ParallelModule(nn.Module):
                 call = _Call(self, loaded, values, self._window)
                 loss, losses = _Step.apply(call, *params), call.losses
             else:
-                loss, losses = self.engine.reduce_losses(loaded, loaded.run(values, self.store.local))
+                loss, losses = self.engine.reduce_losses(loaded, loaded.run(values, self.store.weights()))
         versions = sum(p._version for p in params)
         return Output(loss, losses, lambda: self._logits(batch, versions, seed))
 
@@ -196,7 +197,7 @@ class ParallelModule(nn.Module):
             raise InputError("logits are computed when asked for, and the parameters have changed since this forward")
         with torch.no_grad(), self._watch.guard("the logits"):
             loaded, values = self._prepare(batch, True, seed)
-            return self.engine.whole_output(loaded, 1, loaded.run(values, self.store.local)[1])
+            return self.engine.whole_output(loaded, 1, loaded.run(values, self.store.weights())[1])
 
     def count_targets(self, batches: Sequence[Mapping[str, Any]]) -> TargetCount:
         """Target tokens of these micro-batches over all ranks: `targets` of an accumulation window (a collective)."""
@@ -244,12 +245,12 @@ class ParallelModule(nn.Module):
         result: list[Tensor | None] = []
         wanted: dict[tuple[tuple[str, ...], torch.dtype], list[Tensor]] = {}
         for (name, spec), grad in zip(self.store.specs.items(), grads):
-            if not spec.reduce_axes or grad is None:
+            if grad is None or not (spec.reduce_axes or self.store.adds_up):
                 result.append(grad)
                 continue
             kept = self._pending.pop(name, None)
             grad = grad if kept is None else grad + kept
-            if window.last and name not in summed:
+            if window.last and spec.reduce_axes and name not in summed:
                 grad = grad.contiguous()
                 wanted.setdefault((spec.reduce_axes, grad.dtype), []).append(grad)
             elif not window.last:

@@ -67,7 +67,7 @@ def parallelize(
         plan = _plan_together(model, device_type, example_batch, timeout)
     if plan is not None:
         refuse_unexecutable(plan)
-    if plan is None or plan.mesh.world == _processes() == 1:
+    if plan is None or (plan.mesh.world == _processes() == 1 and not _offloads(plan)):
         values = _values(model, weights, seed)
         return PlainModule((materialized(model, values) if on_meta(model) else model).to(device))
     if example_batch is None:
@@ -119,6 +119,11 @@ def _values(model: nn.Module, weights: str | Path | None, seed: int) -> Values:
     return Initialized(model, seed) if weights is None else Pretrained.of(model, weights, seed)
 
 
+def _offloads(plan: Plan) -> bool:
+    """Whether a single process runs the plan too, and not the plain model."""
+    return plan.offload_optimizer or any(block.offload for block in plan.blocks.values())
+
+
 def _processes() -> int:
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
 
@@ -164,5 +169,6 @@ def plan_lines(plan: Plan) -> str:
     """The choices that decide what runs, one a line."""
     lines = [f"mesh {plan.mesh}", f"micro-batch {plan.micro_batch}", f"loss head {plan.loss_head}"]
     lines += [f"dtype {plan.param_dtype}, gradients {plan.reduce_dtype}", f"{plan.overlap}"]
+    lines += [f"optimizer on the {'host' if plan.offload_optimizer else 'device'}"]
     lines += [f"block {name}: {choices}" for name, choices in sorted(plan.blocks.items())]
     return "\n".join(lines)

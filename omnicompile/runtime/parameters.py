@@ -35,10 +35,14 @@ def add_parameter(root: nn.Module, name: str, parameter: nn.Parameter) -> None:
 
 
 class ParameterStore:
-    """Local shards by model name, with their specs. master: dtype of the stored values (the optimizer sees these)."""
+    """Local shards by model name, with their specs: what the optimizer sees. home: where they are. adds_up: gradients
+    of micro-steps are added up on the device before they are given out."""
+
+    adds_up = False
 
     def __init__(self, mesh: RuntimeMesh, specs: Mapping[str, ParamSpec]) -> None:
         self.mesh = mesh
+        self.home = mesh.device
         self.specs = {spec.name: spec for spec in specs.values()}
         self.local: dict[str, nn.Parameter] = {}
         self._device_meshes: dict[tuple[str, ...], DeviceMesh] = {}
@@ -62,9 +66,21 @@ class ParameterStore:
     def take(self, name: str, part: Tensor) -> None:
         """Store `part`, what `part_of` says of the whole tensor, as this rank's shard."""
         spec = self.specs[name]
-        shard = torch.zeros(spec.local_shape(self.mesh.mesh), dtype=spec.dtype, device=self.mesh.device)
-        shard[tuple(slice(0, size) for size in part.shape)] = part.detach().to(self.mesh.device)
+        shard = self.new_shard(spec)
+        shard[tuple(slice(0, size) for size in part.shape)] = part.detach().to(self.home)
         self.local[name] = nn.Parameter(shard, requires_grad=spec.trainable)
+
+    def new_shard(self, spec: ParamSpec) -> Tensor:
+        """Zeros, where shards are stored."""
+        return torch.zeros(spec.local_shape(self.mesh.mesh), dtype=spec.dtype, device=self.home)
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """Local shards as graphs take them, on the device."""
+        return self.local
+
+    def give_out(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Complete gradients of all shards, in the order of `local`, for the optimizer."""
+        return list(gradients)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Whole-shape DTensors over the local shards (plain tensors where nothing is cut), by the model's names."""
@@ -89,7 +105,7 @@ class ParameterStore:
 
     def _device_mesh(self, axes: tuple[str, ...]) -> DeviceMesh:
         if axes not in self._device_meshes:
-            self._device_meshes[axes] = self.mesh.device_mesh(axes)
+            self._device_meshes[axes] = self.mesh.device_mesh(axes, self.home.type)
         return self._device_meshes[axes]
 
     def _unpadded(self, spec: ParamSpec, local: Tensor) -> Tensor:
@@ -124,7 +140,7 @@ class ParameterStore:
         for name in names:
             by_axes.setdefault(tuple(shard.axes for shard in self.specs[name].shards), []).append(name)
         for axes, group in sorted(by_axes.items()):
-            sums = torch.stack([bit_sum(self.local[name]) for name in group])
+            sums = torch.stack([bit_sum(self.local[name]) for name in group]).to(self.mesh.device)
             for name in axes:
                 dist.all_reduce(sums, group=self.mesh.group(name))
             found |= dict(zip(group, sums.tolist()))
@@ -159,5 +175,5 @@ def clip_grad_norm(store: ParameterStore, max_norm: float) -> Tensor:
     norm = total.sqrt()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for grad in grads:
-        grad.mul_(scale.to(grad.dtype))
+        grad.mul_(scale.to(grad.device, grad.dtype))
     return norm.to(torch.float32)

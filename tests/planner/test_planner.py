@@ -207,6 +207,6 @@ def test_what_cannot_be_executed_is_chosen_only_when_asked_for() -> None:
     assert not not_executable(freely)
     asked_for = plan_program(program, cluster, load, {"text.offload": "true"}).plans[0]
     assert asked_for.blocks["text"].offload
-    assert any("not executable yet: text: activations in host memory" in note for note in asked_for.notes)
+    assert not any("not executable" in note for note in asked_for.notes)
     widened = plan_program(program, cluster, load, {"priced": "true"}).plans[0]
     assert predicted(widened).step_seconds <= predicted(freely).step_seconds
