@@ -23,7 +23,7 @@ from omnicompile.kernels.attention.call import Call
 from omnicompile.kernels.registry import Functions, Problem
 
 IGNORED = -100
-_ROWS_PER_EXPERT = 1024
+_ROWS_PER_EXPERT = 256
 # Sizes that are rounded up to a power of two: what a time for one serves for the other.
 _CLASSED: Mapping[str, tuple[int, ...]] = MappingProxyType(
     {"attention": (2, 4, 8), "rms_norm": (0,), "swiglu": (0,), "rope": (2,), "cross_entropy": (0,),
@@ -41,13 +41,14 @@ def shape_class(problem: Problem) -> Problem:
     return replace(problem, shape=tuple(shape))
 
 
-def sample(problem: Problem, device: torch.device, seed: int = 0) -> Run:
+def sample(problem: Problem, device: torch.device, seed: int = 0, widened: torch.dtype | None = None) -> Run:
     """A function that runs an implementation's forward and backward on tensors of the problem, and gives back the
-    value and the gradients."""
+    value and the gradients. widened: the dtype of the tensors, whose values are those of the problem's dtype."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device, problem.dtype)
+        values = torch.randn(*shape, generator=generator).to(problem.dtype)
+        return values.to(device, widened or problem.dtype)
 
     return _SAMPLES[problem.operator](problem, normal, device)
 
@@ -113,8 +114,8 @@ def _swiglu(problem: Problem, normal: Normal, device: torch.device) -> Run:
 def _rope(problem: Problem, normal: Normal, device: torch.device) -> Run:
     batch, heads, length, size = problem.shape
     x, grad = (normal(batch, length, heads, size).transpose(1, 2) for _ in range(2))
-    angle = torch.cat([normal(batch, 1, length, size // 2).float()] * 2, -1)
-    cos, sin = angle.cos().to(problem.dtype), angle.sin().to(problem.dtype)
+    half_cos, half_sin = (normal(batch, 1, length, size // 2) for _ in range(2))
+    cos, sin = torch.cat((half_cos, half_cos), -1), torch.cat((half_sin, half_sin), -1)
     return lambda functions: [functions.forward(x, cos, sin), functions.backward(grad, cos, sin)]
 
 
@@ -132,7 +133,7 @@ def _cross_entropy(problem: Problem, normal: Normal, device: torch.device) -> Ru
 
 def _linear_cross_entropy(problem: Problem, normal: Normal, device: torch.device) -> Run:
     tokens, width, classes = problem.shape
-    hidden, weight = normal(tokens, width), normal(classes, width) * width**-0.5
+    hidden, weight = normal(tokens, width), normal(classes, width)
     target = _targets(tokens, classes, device)
     return lambda functions: list(functions.forward(hidden, weight, target, IGNORED))
 
