@@ -9,6 +9,7 @@ from omnicompile.passes.data_mean import insert_data_mean_pass
 from omnicompile.passes.dropout import replace_dropout_pass
 from omnicompile.passes.expert_parallel import insert_expert_parallel_pass
 from omnicompile.passes.functional import remove_mutation_pass
+from omnicompile.passes.head_groups import group_heads_pass
 from omnicompile.passes.image_order import order_images_pass
 from omnicompile.passes.kernel_rewrites import rewrite_kernels_pass
 from omnicompile.passes.loss import normalise_loss_pass
@@ -52,6 +53,13 @@ FORWARD_PASSES: tuple[Pass, ...] = (
         requires=frozenset({"global-loss", "global-means", "keyed-dropout", "image-order"}),
         provides=frozenset({"sequence"}),
         excludes=frozenset({"experts", "parameters"}),
+    ),
+    Pass(
+        "head-groups",
+        group_heads_pass,
+        requires=frozenset({"sequence"}),
+        provides=frozenset({"head-groups"}),
+        excludes=frozenset({"parameters"}),
     ),
     Pass(
         "expert-parallel",

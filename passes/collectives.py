@@ -157,6 +157,12 @@ def share(x: Tensor, ranks: int) -> Tensor:
     return x / ranks
 
 
+def join_heads(ranks: int, *parts: Tensor) -> Tensor:
+    """Groups of heads [batch, ranks * heads, ...], each with those of all ranks -> [batch, ranks * groups * heads,
+    ...], those of a rank together. No communication."""
+    return torch.cat([part.unflatten(1, (ranks, part.shape[1] // ranks)) for part in parts], 2).flatten(1, 2)
+
+
 class _GatherParam(torch.autograd.Function):
     @staticmethod
     def forward(

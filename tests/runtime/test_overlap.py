@@ -27,7 +27,7 @@ from omnicompile.runtime.parallel_module import ParallelModule
 from omnicompile.runtime.parallelize import parallelize
 
 GRIDS = [(1, 4, 8), (1, 8, 8)]
-ALL = Overlap(head_groups=1, expert_chunks=2, prefetch=2, replica_sums=True)
+ALL = Overlap(head_groups=2, expert_chunks=2, prefetch=2, replica_sums=True)
 
 
 def error(module: Any, model: nn.Module, batches: list[Any], scale: float = 1.0) -> float:
