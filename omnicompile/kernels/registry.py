@@ -130,6 +130,8 @@ class Kernel:
             return f"it has no variant {problem.variant}"
         if self.dtypes and problem.dtype not in self.dtypes:
             return f"it computes in {', '.join(map(_name, self.dtypes))}, not in {_name(problem.dtype)}"
+        if self.interpreted and problem.hardware == CPU and problem.dtype != torch.float32:
+            return "Triton's interpreter has no arithmetic but float32's"
         if unable := problem.facts - self.can:
             return f"it cannot do {', '.join(sorted(unable))}"
         size = problem.head_size

@@ -63,7 +63,7 @@ def _attention() -> list[Kernel]:
             _HALF, 256, 8, about="torch.nn.attention.varlen",
         ),
         Kernel(
-            "attention", "flex", every, (CPU, *_GPUS), f"{here}.flex",
+            "attention", "flex", every, _GPUS, f"{here}.flex",
             (Package("torch.nn.attention.flex_attention"),), _SINGLE, 256, 1, frozenset({"softcap"}),
             about="flex attention, compiled on GPUs; the backward runs its forward again",
         ),

@@ -1,17 +1,23 @@
 """Every implementation that can run here against the reference: the value and every gradient.
 
-On CPUs those are torch's CPU attention, flex attention, and torch's grouped product; with TRITON_INTERPRET=1 and the
-packages triton and liger-kernel, Liger's kernels too. The rest runs on a GPU (`pytest -m gpu`).
+On CPUs those are torch's CPU attention and torch's grouped product; with TRITON_INTERPRET=1 and the packages triton and
+liger-kernel, Liger's kernels too, in float32. The rest runs on a GPU (`pytest -m gpu`).
 """
 
 from __future__ import annotations
 
+import os
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from omnicompile.kernels import grouped, operators
-from omnicompile.kernels.registry import INDUCTOR, Kernel, Problem, hardware_of
+from omnicompile.kernels.registry import INDUCTOR, Functions, Kernel, Problem, hardware_of
+from omnicompile.kernels.samples import sample
 from omnicompile.kernels.table import KERNELS
 
 from .problems import problems, worst_error
@@ -34,8 +40,29 @@ def able(kernel: Kernel, device: torch.device) -> list[Problem]:
     return found
 
 
+@pytest.fixture
+def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the compiler does and the interpreter does not: a float argument becomes a float32 of Triton's, on which
+    kernels call `.to`; and functions of the device's library, of which it has none, are computed (rsqrt)."""
+    if os.environ.get("TRITON_INTERPRET") != "1" or find_spec("triton") is None:
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter as module
+
+    convert = module._implicit_cvt
+
+    def with_floats(value: Any) -> Any:
+        if not isinstance(value, float):
+            return convert(value)
+        return tl.tensor(module.TensorHandle(np.array([value], dtype=np.float32), tl.float32), tl.float32)
+
+    monkeypatch.setattr(module, "_implicit_cvt", with_floats)
+    if find_spec("liger_kernel") is not None:
+        monkeypatch.setattr("liger_kernel.ops.rms_norm.rsqrt", lambda x: tl.rsqrt(x))
+
+
 @pytest.mark.parametrize("kernel", [k for k in OTHERS if "cpu" in k.hardware], ids=lambda k: f"{k.operator}-{k.name}")
-def test_on_the_cpu(kernel: Kernel) -> None:
+def test_on_the_cpu(kernel: Kernel, interpreter: None) -> None:
     for problem in able(kernel, CPU):
         assert worst_error(kernel, problem, CPU) <= TOLERANCE[problem.dtype], problem
 
@@ -47,6 +74,18 @@ def test_on_a_gpu(kernel: Kernel) -> None:
     device = torch.device("cuda")
     for problem in able(kernel, device):
         assert worst_error(kernel, problem, device) <= TOLERANCE[problem.dtype], problem
+
+
+def test_masks_and_caps_of_flex_attention() -> None:
+    """Its forward runs on CPUs too; torch has no backward there."""
+    from omnicompile.kernels.attention import flex, reference
+
+    for problem in problems("attention", "cpu", torch.float32):
+        seen = []
+        for module in (flex, reference):
+            functions = Functions(module.forward, lambda *_: (torch.empty(0),))
+            seen.append(sample(problem, CPU)(functions)[0])
+        assert (seen[0] - seen[1]).norm() <= 1e-5 * seen[1].norm(), problem
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
