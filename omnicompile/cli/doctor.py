@@ -18,6 +18,7 @@ EXAMPLES = """\
 examples:
   omnicompile doctor
   omnicompile doctor --json
+  omnicompile doctor --kernels rms_norm=liger
 
 The exit code is 0 when planning works here, 2 when it does not.
 """
@@ -40,10 +41,11 @@ class Check:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON for programs")
+    parser.add_argument("--kernels", metavar="LIST", help="check a choice such as attention=flash_attn2,rms_norm=liger")
 
 
 def run(args: argparse.Namespace) -> int:
-    checks = all_checks()
+    checks = all_checks(args.kernels)
     usable = all(check.ok for check in checks if check.needed)
     if args.json:
         emit(json.dumps({"usable": usable, "checks": [asdict(check) for check in checks]}, indent=2))
@@ -52,11 +54,12 @@ def run(args: argparse.Namespace) -> int:
     return 0 if usable else 2
 
 
-def all_checks() -> list[Check]:
+def all_checks(kernels: str | None = None) -> list[Check]:
+    """kernels: a choice to check. Raises InputError for one that cannot be used here."""
     checks = [_python(), *map(_ranged, RANGES), *map(_package, REQUIRED), _machine()]
     if find_spec("torch") is None:
         return checks
-    return [*checks, *_devices(), *_communication(), *_backends(), *_attention()]
+    return [*checks, *_devices(), *_communication(), *_backends(), *_kernels(kernels)]
 
 
 def _python() -> Check:
@@ -126,15 +129,14 @@ def _backends() -> list[Check]:
     ]  # fmt: skip
 
 
-def _attention() -> list[Check]:
-    """What omnicompile/anchors/attention.py runs."""
-    return [
-        Check("attention", "on CPU", True, "torch's fused kernel; soft caps, sinks and unequal head sizes unfused"),
-        Check(
-            "attention", "on GPU", True, "torch's flash kernel in bfloat16 and float16; soft caps, sinks, unequal head "
-            "sizes and other dtypes keep every score",
-        ),
-    ]  # fmt: skip
+def _kernels(kernels: str | None) -> list[Check]:
+    """Which implementation each operator gets here (omnicompile/kernels)."""
+    import torch
+
+    from omnicompile.kernels.overview import overview
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return [Check("kernels", one.operator, True, one.line()) for one in overview(device, kernels)]
 
 
 def installed(name: str) -> str | None:

@@ -89,6 +89,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     machine.add_argument(
         "--backend", metavar="NAME", help="inductor (default on GPUs), step (on CPUs), eager, torch.compile"
     )
+    machine.add_argument(
+        "--kernels", metavar="LIST", help="such as attention=flash_attn2,rms_norm=liger; omnicompile doctor lists them"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -124,7 +127,7 @@ def request_of(args: argparse.Namespace) -> Request:
         recipe=Path(args.recipe), data=args.data, out=None if args.out is None else Path(args.out), model=args.model,
         config=args.config, weights=args.weights, processor=args.processor, resume=args.resume, train=args.train,
         sets=tuple(sets), json=args.json, tensorboard=args.tensorboard, wandb=args.wandb, profile=args.profile,
-        export=args.export, device=args.device, backend=args.backend, dry_run=args.dry_run,
+        export=args.export, device=args.device, backend=args.backend, kernels=args.kernels, dry_run=args.dry_run,
     )  # fmt: skip
 
 

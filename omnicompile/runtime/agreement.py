@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -36,6 +36,25 @@ def gather_text(text: str, group: dist.ProcessGroup) -> list[str]:
     found: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(found, text, group=group)
     return [str(item) for item in found]
+
+
+def found_by_first(group: dist.ProcessGroup) -> Callable[[Callable[[], str]], str]:
+    """Gives every rank of `group` the text that its first one finds; all ranks must ask together. An error of the first
+    is raised on all."""
+
+    def agree(find: Callable[[], str]) -> str:
+        found: list[Any] = [None, None]
+        if dist.get_rank(group) == 0:
+            try:
+                found[0] = find()
+            except Exception as error:  # the others wait for it
+                found[1] = error
+        dist.broadcast_object_list(found, group=group, group_src=0)
+        if found[1] is not None:
+            raise found[1]
+        return str(found[0])
+
+    return agree
 
 
 def installed_versions() -> str:

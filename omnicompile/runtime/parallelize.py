@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,18 @@ from torch import Tensor, nn
 import omnicompile
 from omnicompile.cluster import Cluster
 from omnicompile.errors import InputError, OmniCompileError, PlanError
+from omnicompile.kernels.choice import KernelChoice, parse_kernels
 from omnicompile.lowering.driver import Lower, default_lower
 from omnicompile.lowering.graph_capture import DEFAULT_SEGMENTS
+from omnicompile.passes.rank_program import RankProgram
 from omnicompile.plan import Plan
-from omnicompile.runtime.agreement import installed_versions, model_structure, require_same, weight_samples
+from omnicompile.runtime.agreement import (
+    found_by_first,
+    installed_versions,
+    model_structure,
+    require_same,
+    weight_samples,
+)
 from omnicompile.runtime.backends import BACKENDS
 from omnicompile.runtime.budget import Budget
 from omnicompile.runtime.engine import Engine, batch_signature
@@ -44,6 +54,7 @@ def parallelize(
     lower: Lower = default_lower,
     timeout: float = TIMEOUT,
     weights: str | Path | None = None,
+    kernels: str | Mapping[str, str] | None = None,
 ) -> ParallelModule | PlainModule:
     """Distribute `model` under `plan` over the processes that torchrun started.
 
@@ -55,6 +66,8 @@ def parallelize(
     on GPUs) compiles forward and backward as one graph, "step" (None on CPUs) runs that graph as it is, "torch.compile"
     hands the rewritten forward to torch.compile, "eager" runs it under autograd. master_dtype: of stored parameters.
     segments: most images or windows in a batch. timeout: seconds that a rank waits for the others in a collective.
+    kernels: implementations of operators by name, "rms_norm=liger,..." or {"rms_norm": "liger"} (docs/kernels.md); for
+    all others, what is fastest on the present GPU is taken.
 
     Raises PlanError when the processes do not fit the plan, LoweringError when the plan cannot be executed or ranks
     disagree, CaptureError when the model cannot be traced, RankError when another rank has died or failed.
@@ -67,7 +80,10 @@ def parallelize(
         plan = _plan_together(model, device_type, example_batch, timeout)
     if plan is not None:
         refuse_unexecutable(plan)
-    if plan is None or (plan.mesh.world == _processes() == 1 and not _offloads(plan)):
+    forced = parse_kernels(kernels)
+    if plan is None and forced:
+        raise InputError("give parallelize the plan that the kernels are for; without one the plain model runs")
+    if plan is None or (plan.mesh.world == _processes() == 1 and not _offloads(plan) and not forced):
         values = _values(model, weights, seed)
         return PlainModule((materialized(model, values) if on_meta(model) else model).to(device))
     if example_batch is None:
@@ -75,7 +91,13 @@ def parallelize(
     mesh = build_mesh(plan.mesh, device_type, timeout)
     with mesh.watch.guard("parallelize"):
         values = _values(model, weights, seed)
+        choice = KernelChoice.of(forced, device, found_by_first(mesh.control))
+        lower = partial(_lower_with, lower, choice)
         return _distributed(model, plan, mesh, example_batch, backend, master_dtype, segments, values, lower)
+
+
+def _lower_with(lower: Lower, choice: KernelChoice, program: RankProgram) -> RankProgram:
+    return lower(replace(program, kernels=choice))
 
 
 def _distributed(

@@ -93,7 +93,7 @@ def assemble(request: Request, plan: Plan, options: TrainOptions, stop: StopRequ
         evaluation = other.loader(model.module, plan, data_rank, options.seed, 1, shuffle=False, group=group)
     module = omnicompile.parallelize(
         model.module, plan, device.type, example_batch=loader.example_batch(), backend=request.backend,
-        segments=data.budget.segments, seed=options.seed, weights=request.weights,
+        segments=data.budget.segments, seed=options.seed, weights=request.weights, kernels=request.kernels,
     )  # fmt: skip
     checkpointer = None if request.checkpoints is None else Checkpointer(request.checkpoints, options.keep_last)
     log = options.log_samples and rank == 0 and request.out is not None

@@ -39,6 +39,7 @@ class Request:
     export: str | None = None
     device: str | None = None
     backend: str | None = None
+    kernels: str | None = None
     dry_run: bool = False
 
     def options(self) -> TrainOptions:
@@ -62,6 +63,7 @@ class Request:
 
 def check_request(request: Request, plan: Plan) -> TrainOptions:
     """What can be told before any process is started. Raises InputError, RecipeError or PlanError."""
+    from omnicompile.kernels.choice import parse_kernels
     from omnicompile.support import refuse_unexecutable
 
     refuse_unexecutable(plan)
@@ -78,6 +80,7 @@ def check_request(request: Request, plan: Plan) -> TrainOptions:
             raise InputError(f"{option} {folder} is not a folder (names on a hub are not downloaded)")
     if request.resume not in ("auto", "never") and not Path(request.resume).is_dir():
         raise InputError(f"--resume {request.resume}: give auto, never, or the folder of a run")
+    parse_kernels(request.kernels)
     if request.profile is not None and request.profile < 1:
         raise InputError(f"--profile must be at least 1, got {request.profile}")
     for wanted, package in ((request.tensorboard, "tensorboard"), (request.wandb is not None, "wandb")):
