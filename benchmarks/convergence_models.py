@@ -102,7 +102,7 @@ def full_batch(model: OmniModel) -> dict[str, Tensor]:
     found = [task.make(model, generator)[0] for task in tasks_of(model) for _ in range(_SAMPLES[task.name])]
     batch = processor(model)(found)
     length = -(-(batch["input_ids"].shape[1] + 24) // 16) * 16
-    return Budget(length, None).fill(batch).batch
+    return Budget(length, None, restarts=True).fill(batch).batch
 
 
 def make_plan(model: OmniModel, name: str, world: int) -> Plan:

@@ -52,7 +52,8 @@ def write_results(runs: Sequence[Run], folder: Path) -> list[str]:
     for run in runs:
         by_model.setdefault(run.model, []).append(run)
     failures = [line for group in by_model.values() for line in _failures(group)]
-    (folder / "convergence.json").write_text(json.dumps([_json(run) for run in runs], indent=1) + "\n")
+    lines = ",\n".join(json.dumps(_json(run)) for run in runs)
+    (folder / "convergence.json").write_text(f"[\n{lines}\n]\n")
     (folder / "convergence.md").write_text(_text(by_model, failures))
     _plot_curves(by_model, folder / "convergence.png")
     _plot_pictures(by_model, folder / "convergence_samples.png")
@@ -79,9 +80,9 @@ def _failures(runs: Sequence[Run]) -> list[str]:
 
 def _json(run: Run) -> dict[str, object]:
     scores = [{"task": s.task, "right": s.right, "asked": s.asked, "chance": s.chance, "p": s.p} for s in run.scores]
-    rounded = [{name: round(loss, 6) for name, loss in losses.items()} for losses in run.curve]
+    rounded = {name: [round(loss, 5) for loss in run.losses(name)] for name in run.curve[0]}
     return {"model": run.model, "processes": run.processes, "seconds": round(run.seconds), "scores": scores,
-            "curve": rounded}  # fmt: skip
+            "curves": rounded}  # fmt: skip
 
 
 def _text(by_model: dict[str, list[Run]], failures: Sequence[str]) -> str:

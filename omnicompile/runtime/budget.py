@@ -69,12 +69,14 @@ class Filled:
 @dataclass(frozen=True)
 class Budget:
     """What every micro-batch is filled up to. length: tokens per row. images: None without packed images. ranks: that
-    whole images are dealt out to. items: of fixed size."""
+    whole images are dealt out to. items: of fixed size. restarts: whether positions begin anew with each sample of a
+    row; then they do so with the padding too, so that also a row of one sample has several segments."""
 
     length: int | None
     images: PackedImages | None
     ranks: int = 1
     items: tuple[FixedItems, ...] = ()
+    restarts: bool = False
 
     @staticmethod
     def of(model: nn.Module, example: Mapping[str, Any], ranks: int = 1) -> Budget:
@@ -83,18 +85,19 @@ class Budget:
         length = ids.shape[1] if isinstance(ids, Tensor) and ids.dim() == 2 else None
         if length is None:
             return Budget(None, None)
-        known = placeholders(model)
+        known, positions = placeholders(model), example.get("position_ids")
+        restarts = isinstance(positions, Tensor) and positions.dim() == 2 and bool((positions[:, 1:] == 0).any())
         images = _packed_images(model, example, known)
         items = fixed_items(example, known, () if images is None else (images.pixels,))
         if images is None:
-            return Budget(length, None, items=items)
+            return Budget(length, None, items=items, restarts=restarts)
         unit = ranks * images.merge**2
         if images.patches % unit:
             raise InputError(
                 f"layout 'images' over sp={ranks} deals out patches in parts that are multiples of {images.merge**2}, "
                 f"but the budget has {images.patches}: make it {-(-images.patches // unit) * unit}"
             )
-        return Budget(length, images, ranks, items)
+        return Budget(length, images, ranks, items, restarts)
 
     def fill(self, batch: Mapping[str, Any]) -> Filled:
         """`batch` at the size of the budget. Raises InputError when it is larger, leaves no room for the padding, or
@@ -187,7 +190,8 @@ class Budget:
             if name in items:
                 continue
             if name == "position_ids":
-                last = value[..., -1:] + torch.arange(1, room + 1)
+                further = torch.arange(room).expand(*value.shape[:-1], room)
+                last = further if self.restarts else value[..., -1:] + 1 + further
                 batch[name] = torch.cat([value, last], -1)
             elif value.dim() == 2 and value.shape[0] == rows:
                 tail = value.new_full((rows, room), fills.get(name, 0))

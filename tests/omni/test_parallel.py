@@ -24,7 +24,7 @@ LACKS = ({}, {"read": False, "heard": False}, {"produced": False}, {"read": Fals
 def example(name: str) -> dict[str, Tensor]:
     """A batch of the budget's size, with an item of every kind."""
     model = tiny(name)
-    return Budget(LENGTH, None).fill(batch(model, 99)).batch
+    return Budget(LENGTH, None, restarts=True).fill(batch(model, 99)).batch
 
 
 @pytest.mark.parametrize("lacks", LACKS)

@@ -72,7 +72,7 @@ def test_it_is_read_trained_saved_and_loaded(model: OmniModel, tmp_path: Path) -
 @pytest.mark.parametrize("layout", [Layout.SEQUENCE, Layout.IMAGES])
 def test_two_ranks_one_without_a_depth_map_are_as_one(model: OmniModel, layout: Layout) -> None:
     model = model.double()
-    example = Budget(64, None).fill(depth_batch(model, 9, maps=2)).batch
+    example = Budget(64, None, restarts=True).fill(depth_batch(model, 9, maps=2)).batch
     budget = Budget.of(model, example)
     plan = make_plan(("text", "depth"), Mesh(dp_shard=2, sp=2))
     blocks = plan.blocks | {"depth": dataclasses.replace(plan.blocks["depth"], layout=layout)}
