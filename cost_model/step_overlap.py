@@ -15,6 +15,7 @@ from omnicompile.cost_model.step_chain import Chain, attention_exchange_bytes, e
 from omnicompile.cost_model.step_layout import Groups, Split
 from omnicompile.cost_model.step_numbers import OpNumbers
 from omnicompile.cost_model.step_price import Piece, Prices
+from omnicompile.plan import Overlap
 from omnicompile.program import OpKind, Phase
 
 REACH = 8
@@ -31,131 +32,210 @@ class Exchange:
     needed: int
 
 
+@dataclass(frozen=True)
+class _Item:
+    """An operator, or one of the `parts` equal parts that it runs in: `part` counts them from 0."""
+
+    op: OpNumbers
+    seconds: float
+    part: int = 0
+    parts: int = 1
+
+    @property
+    def free(self) -> bool:
+        """Whether nothing but a parameter's gradient comes of it."""
+        return self.op.op.phase is Phase.BACKWARD and self.op.op.feeds == frozenset({"weight"})
+
+    @property
+    def is_attention(self) -> bool:
+        return self.op.op.attention is not None
+
+    @property
+    def is_expert(self) -> bool:
+        return self.op.op.kind is OpKind.GROUPED_GEMM and self.op.op.experts is not None
+
+    @property
+    def is_product(self) -> bool:
+        return self.op.op.kind is OpKind.GEMM
+
+
 def overlaps(ops: Sequence[OpNumbers], split: Split, groups: Groups) -> bool:
     """Whether there is anything to launch early. Tensor and context parallelism have exchanges of their own."""
     plain = split.tensor == 1 and split.context == 1 and groups.expert_tensor.trivial
     attention = split.heads > 1 and any(op.op.attention is not None for op in ops)
-    return plain and (attention or (not groups.experts.trivial and any(_is_expert(op) for op in ops)))
+    experts = not groups.experts.trivial and any(op.op.experts is not None for op in ops)
+    return plain and (attention or experts)
 
 
 def overlapped_chain(
-    ops: Sequence[OpNumbers], seconds: Sequence[float], split: Split, groups: Groups, prices: Prices, kind: str
+    ops: Sequence[OpNumbers],
+    seconds: Sequence[float],
+    split: Split,
+    groups: Groups,
+    prices: Prices,
+    kind: str,
+    overlap: Overlap,
 ) -> Chain:
     """Operators in an order that hides exchanges, with their launches. ops, seconds: of one phase, as traced."""
-    order = _early_first(ops) if split.heads > 1 else list(range(len(ops)))
-    ops, seconds = [ops[i] for i in order], [seconds[i] for i in order]
-    found = [*_around_attention(ops, split, groups, prices), *_around_experts(ops, split, groups, prices)]
-    return _Emitter(ops, seconds, kind, found).chain()
+    items = [_Item(op, time) for op, time in zip(ops, seconds)]
+    if split.heads > 1:
+        items = _in_head_groups(_early_first(items), split, prices, overlap.head_groups)
+    if not groups.experts.trivial:
+        items = _in_chunks(items, groups.experts.size, overlap.expert_chunks)
+    found = [*_around_attention(items, split, groups, prices), *_around_experts(items, split, groups, prices)]
+    return _Emitter(items, kind, found).chain()
 
 
-def _is_expert(op: OpNumbers) -> bool:
-    return op.op.kind is OpKind.GROUPED_GEMM and op.op.experts is not None
+def head_groups_fit(heads: int, kv_heads: int, sp: int, groups: int) -> bool:
+    """Whether a rank's heads can be cut into equal groups that read whole key and value heads (as in
+    `passes.head_groups`)."""
+    if heads % sp:
+        return False
+    own = heads // sp
+    repeated = own // max(1, max(kv_heads, sp) // sp)
+    return own % groups == 0 and (own // groups % repeated == 0 or repeated % (own // groups) == 0)
 
 
-def _is_free(op: OpNumbers) -> bool:
-    """Whether nothing but a parameter's gradient comes of it."""
-    return op.op.phase is Phase.BACKWARD and op.op.feeds == frozenset({"weight"})
+def _in_head_groups(items: list[_Item], split: Split, prices: Prices, groups: int) -> list[_Item]:
+    """Attention in groups of heads, each priced with its own heads; whole where they cannot be cut."""
+    result: list[_Item] = []
+    for item in items:
+        shape = item.op.op.attention
+        if shape is None or groups == 1 or not head_groups_fit(shape.heads, shape.kv_heads, split.heads, groups):
+            result.append(item)
+            continue
+        smaller = prices.op(item.op, replace(split, heads=split.heads * groups), 1)
+        part = max(item.seconds / groups, smaller) if item.seconds else 0.0
+        result += [_Item(item.op, part, i, groups) for i in range(groups)]
+    return result
 
 
-def _early_first(ops: Sequence[OpNumbers]) -> list[int]:
+def _in_chunks(items: list[_Item], ranks: int, chunks: int) -> list[_Item]:
+    """Experts, and what lies between their products, in chunks of neighbouring experts, one after the other."""
+    experts = [i for i, item in enumerate(items) if item.is_expert]
+    if chunks == 1 or not experts or not _chunks_fit(items[experts[0]], ranks, chunks):
+        return items
+    first, last = experts[0], experts[-1]
+    body = items[first : last + 1]
+    cut = [replace(item, seconds=item.seconds / chunks, part=i, parts=chunks) for i in range(chunks) for item in body]
+    return [*items[:first], *cut, *items[last + 1 :]]
+
+
+def _chunks_fit(item: _Item, ranks: int, chunks: int) -> bool:
+    shape = item.op.op.experts
+    return shape is not None and shape.experts // ranks % chunks == 0
+
+
+def _early_first(items: list[_Item]) -> list[_Item]:
     """Element-wise work between the products of q, k, v and attention goes with the first of them, so that the others
     run beside its exchange."""
-    order = list(range(len(ops)))
-    for at in _attention(ops):
-        if ops[at].op.phase is not Phase.FORWARD:
+    order = list(range(len(items)))
+    for at in _attention(items):
+        if items[at].op.op.phase is not Phase.FORWARD:
             continue
-        products = _products(ops, at)
+        products = _products(items, at)
         between = list(range(products[-1] + 1, at)) if products else []
         if len(products) > 1 and between:
-            ready = min(_makers(ops, at))
+            ready = min(_makers(items, at))
             order = [i for i in order if i not in between]
             where = order.index(ready) + 1
             order[where:where] = between
-    return order
+    return [items[i] for i in order]
 
 
-def _attention(ops: Sequence[OpNumbers]) -> list[int]:
-    return [i for i, op in enumerate(ops) if op.op.attention is not None]
+def _attention(items: Sequence[_Item]) -> list[int]:
+    """Positions of attention, of its first part."""
+    return [i for i, item in enumerate(items) if item.is_attention and item.part == 0]
 
 
-def _products(ops: Sequence[OpNumbers], at: int) -> list[int]:
+def _products(items: Sequence[_Item], at: int) -> list[int]:
     """GEMMs between the attention or experts before `at` and it."""
     found: list[int] = []
     for i in range(at - 1, -1, -1):
-        if ops[i].op.attention is not None or _is_expert(ops[i]):
+        if items[i].is_attention or items[i].is_expert:
             break
-        if ops[i].op.kind is OpKind.GEMM:
+        if items[i].is_product:
             found.append(i)
     return found[::-1]
 
 
-def _widths(op: OpNumbers) -> tuple[int, int, int]:
+def _widths(item: _Item) -> tuple[int, int, int]:
     """Elements per token of query, key and value."""
-    shape = op.op.attention
+    shape = item.op.op.attention
     assert shape is not None
     return shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim, shape.kv_heads * shape.v_head_dim
 
 
-def _makers(ops: Sequence[OpNumbers], at: int) -> tuple[int, int, int]:
+def _makers(items: Sequence[_Item], at: int) -> tuple[int, int, int]:
     """Positions of the products that make query, key and value: by their widths, from the last; where none has the
     width (a fused product), the last of all."""
-    free = _products(ops, at)
+    free = _products(items, at)
     last = free[-1] if free else -1
     found: list[int] = []
-    for width in reversed(_widths(ops[at])):
-        match = next((i for i in reversed(free) if ops[i].n == width), None)
+    for width in reversed(_widths(items[at])):
+        match = next((i for i in reversed(free) if items[i].op.n == width), None)
         if match is not None:
             free.remove(match)
         found.append(last if match is None else match)
     return found[2], found[1], found[0]
 
 
-def _readers(ops: Sequence[OpNumbers], at: int) -> tuple[int, int, int]:
-    """Backward: positions of the first products that read the gradients of query, key and value, value's first."""
-    free = [i for i in range(at + 1, len(ops)) if ops[i].op.kind is OpKind.GEMM]
-    first = free[0] if free else min(at + 1, len(ops))
+def _readers(items: Sequence[_Item], at: int) -> tuple[int, int, int]:
+    """Backward: positions of the first products that read the gradients of query, key and value, value's first. at: of
+    attention's last part."""
+    free = [i for i in range(at + 1, len(items)) if items[i].is_product]
+    first = free[0] if free else min(at + 1, len(items))
     found: list[int] = []
-    for width in reversed(_widths(ops[at])):
-        match = [i for i in free if width in (ops[i].m, ops[i].n, ops[i].k)][:2]
+    for width in reversed(_widths(items[at])):
+        match = [i for i in free if width in (items[i].op.m, items[i].op.n, items[i].op.k)][:2]
         free = [i for i in free if i not in match]
         found.append(match[0] if match else first)
     return found[2], found[1], found[0]
 
 
-def _around_attention(ops: Sequence[OpNumbers], split: Split, groups: Groups, prices: Prices) -> list[Exchange]:
+def _around_attention(items: Sequence[_Item], split: Split, groups: Groups, prices: Prices) -> list[Exchange]:
     found: list[Exchange] = []
     if split.heads == 1:
         return found
 
     def add(nbytes: float, ready: int, needed: int) -> None:
-        found.extend(
-            Exchange(piece, ready, needed) for piece in prices.collective("all_to_all", nbytes, groups.sequence)
-        )
+        pieces = prices.collective("all_to_all", nbytes, groups.sequence)
+        found.extend(Exchange(piece, ready, needed) for piece in pieces)
 
-    for at in _attention(ops):
-        inward, (output,) = attention_exchange_bytes(ops[at], split)
-        if ops[at].op.phase is Phase.FORWARD:
-            for nbytes, ready in zip(inward, _makers(ops, at)):
+    for at in _attention(items):
+        parts = items[at].parts
+        last = at + parts - 1
+        inward, (output,) = attention_exchange_bytes(items[at].op, split)
+        if items[at].op.op.phase is Phase.FORWARD:
+            for nbytes, ready in zip(inward, _makers(items, at)):
                 add(nbytes, ready, at)
-            add(output, at, at + 1)
+            for part in range(parts):
+                add(output / parts, at + part, last + 1)
             continue
-        before = [i for i in range(at) if ops[i].op.kind is OpKind.GEMM and not _is_free(ops[i])]
-        add(output, before[-1] if before else -1, at)
-        gradients = sorted(zip(inward, _readers(ops, at)), key=lambda pair: pair[1])
-        for nbytes, needed in gradients:
-            add(nbytes, at, needed)
+        before = [i for i in range(at) if items[i].is_product and not items[i].free]
+        for part in range(parts):
+            add(output / parts, before[-1] if before else -1, at + part)
+        for nbytes, needed in sorted(zip(inward, _readers(items, last)), key=lambda pair: pair[1]):
+            add(nbytes, last, needed)
     return found
 
 
-def _around_experts(ops: Sequence[OpNumbers], split: Split, groups: Groups, prices: Prices) -> list[Exchange]:
-    experts = [i for i, op in enumerate(ops) if _is_expert(op)]
+def _around_experts(items: Sequence[_Item], split: Split, groups: Groups, prices: Prices) -> list[Exchange]:
+    experts = [i for i, item in enumerate(items) if item.is_expert]
     if not experts or groups.experts.trivial:
         return []
-    copies = ops[experts[0]].op.experts.top_k if prices.stack.dedup_dispatch else 0  # type: ignore[union-attr]
-    pieces = prices.collective("all_to_all", expert_exchange_bytes(ops[experts[0]], split), groups.experts, copies)
-    last = max((i for i in experts if not _is_free(ops[i])), default=experts[-1])
-    after = next((i for i in range(last + 1, len(ops)) if not _is_free(ops[i])), len(ops))
-    return [e for p in pieces for e in (Exchange(p, experts[0] - 1, experts[0]), Exchange(p, last, after))]
+    first = items[experts[0]]
+    copies = first.op.op.experts.top_k if prices.stack.dedup_dispatch else 0  # type: ignore[union-attr]
+    nbytes = expert_exchange_bytes(first.op, split) / first.parts
+    after = next((i for i in range(experts[-1] + 1, len(items)) if not items[i].free), len(items))
+    found: list[Exchange] = []
+    for part in range(first.parts):
+        own = [i for i in experts if items[i].part == part]
+        last = max((i for i in own if not items[i].free), default=own[-1])
+        behind = after if first.parts > 1 else next((i for i in range(last + 1, after) if not items[i].free), after)
+        for piece in prices.collective("all_to_all", nbytes, groups.experts, copies):
+            found += [Exchange(piece, experts[0] - 1, own[0]), Exchange(piece, last, behind)]
+    return found
 
 
 @dataclass
@@ -174,8 +254,7 @@ class _Emitter:
     ends: of launches, by number. places: of operators, as indices of `pieces`. moved: those put behind a launch.
     """
 
-    ops: Sequence[OpNumbers]
-    seconds: Sequence[float]
+    items: Sequence[_Item]
     kind: str
     exchanges: Sequence[Exchange]
     pieces: list[Piece] = field(default_factory=list)
@@ -189,10 +268,10 @@ class _Emitter:
     def chain(self) -> Chain:
         waiting = dict(enumerate(self.exchanges, start=1))
         self._launch(n for n, e in waiting.items() if e.ready < 0)
-        for i in range(len(self.ops)):
+        for i in range(len(self.items)):
             self._compute(i, self._waits(waiting, i))
             self._launch(n for n, e in waiting.items() if e.ready == i)
-        rest = self._waits(waiting, len(self.ops))
+        rest = self._waits(waiting, len(self.items))
         if rest:
             self.pieces.append(Piece("compute", 0.0, self.kind, after=rest))
         return merge(self.pieces)
@@ -217,8 +296,8 @@ class _Emitter:
 
     def _compute(self, i: int, after: tuple[int, ...]) -> None:
         self.places[i] = len(self.pieces)
-        self.pieces.append(Piece("compute", self.seconds[i], self.kind, after=after))
-        self.now += self.seconds[i]
+        self.pieces.append(Piece("compute", self.items[i].seconds, self.kind, after=after))
+        self.now += self.items[i].seconds
 
     def _fill(self, number: int, launched: int) -> None:
         """Put free products that ran before the launch right before its wait, nearest first, as many as fill it; none
@@ -227,9 +306,9 @@ class _Emitter:
         for i in reversed(recent):
             if self.ends[number] <= self.now:
                 return
-            place, seconds = self.places[i], self.seconds[i]
+            place, seconds = self.places[i], self.items[i].seconds
             hides = [f for f in self.flights if f.start < place < f.end]
-            movable = _is_free(self.ops[i]) and i not in self.moved and not self.pieces[place].after
+            movable = self.items[i].free and i not in self.moved and not self.pieces[place].after
             if movable and all(flight.slack >= seconds for flight in hides):
                 for flight in hides:
                     flight.slack -= seconds

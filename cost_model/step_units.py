@@ -130,7 +130,7 @@ def _chain(
 ) -> Chain:
     ops, times = step_chain.pick(indices, numbers, seconds)
     if overlap.exchanges and overlaps(ops, split, groups):
-        chain = overlapped_chain(ops, times, split, groups, prices, kind)
+        chain = overlapped_chain(ops, times, split, groups, prices, kind, overlap)
     elif split.tensor == 1:
         chain = step_chain.op_chain(ops, times, split, groups, prices, kind)
     else:

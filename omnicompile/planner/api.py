@@ -14,7 +14,7 @@ from omnicompile.errors import InfeasibleError, PlanError
 from omnicompile.plan import Mesh, Plan
 from omnicompile.planner.explain import infeasible_message, why_lost, with_notes
 from omnicompile.planner.leaner import leaner_note
-from omnicompile.planner.overlaps import Gain, overlap_gains
+from omnicompile.planner.overlaps import Gain, overlap_gains, refined
 from omnicompile.planner.pins import Pins, parse_pins
 from omnicompile.planner.predict import predict
 from omnicompile.planner.solver import Solver
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 Progress = Callable[[str], None]
 _MOST_GPUS = 2**20
 _SEQ_STEP = 1024
+REFINED = 4
+"""Best plans of the search whose finer ways to overlap are tried."""
 
 
 def silent(_: str) -> None:
@@ -81,17 +83,24 @@ def plan_program(
     started = time.perf_counter()
     search = Search(program, cluster, workload, parse_pins(pins or {}, program), name or program.source)
     progress(f"planning for {cluster.gpus} x {cluster.gpu}")
-    solution = search.solver.solve(top, progress)
+    model, parsed = search.solver.model, search.space.pins
+    solution = search.solver.solve(max(top, REFINED), progress)
     if not solution.best:
         raise search.infeasible()
-    leaner = leaner_note(solution.best[0], search.solver.model, search.space.pins)
-    plans = [with_notes(plan, search.space.refused) for plan in solution.best]
+    best = sorted((refined(plan, model, parsed) for plan in solution.best), key=_seconds)[:top]
+    leaner = leaner_note(best[0], model, parsed)
+    plans = [with_notes(plan, search.space.refused) for plan in best]
     if leaner:
         plans[0] = replace(plans[0], notes=(*plans[0].notes, leaner))
     lost = ["", *(why_lost(plan, plans[0]) for plan in plans[1:])]
     seconds = {"plan": time.perf_counter() - started}
-    gains = overlap_gains(plans[0], search.solver.model)
+    gains = overlap_gains(plans[0], model)
     return PlanResult(plans, program, solution.explored, seconds, lost, solution.simulated, search.space.refused, gains)
+
+
+def _seconds(plan: Plan) -> float:
+    assert plan.prediction is not None
+    return plan.prediction.step_seconds
 
 
 def min_gpus(

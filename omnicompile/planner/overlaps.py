@@ -1,16 +1,42 @@
-"""What each way of running communication beside compute gains for a plan, by the same simulation as the search."""
+"""Ways of running communication beside compute: the finer ones are chosen for the best plans, and what each gains for a
+plan is told, all by the same simulation as the search."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from typing import Any
 
 from omnicompile.cost_model.step_model import StepModel
 from omnicompile.plan import Overlap, Plan, Prediction, Sharding
+from omnicompile.planner.pins import Pins
 from omnicompile.planner.predict import simulate
-from omnicompile.planner.rules import has_experts
+from omnicompile.planner.rules import has_experts, overlap_refusal
 
 _OFF = Overlap(exchanges=False)
+
+
+HEAD_GROUPS = (1, 2, 4)
+EXPERT_CHUNKS = (1, 2, 4, 8)
+"""Values that are tried; others can be pinned."""
+
+
+def refined(plan: Plan, model: StepModel, pins: Pins) -> Plan:
+    """The fastest of a simulated plan with attention in 1 to 4 groups of heads and experts in 1 to 8 chunks, that fits;
+    of equally fast ones that with fewer. Pinned values stay."""
+    best = plan
+    choices = {"head_groups": HEAD_GROUPS, "expert_chunks": EXPERT_CHUNKS}
+    wanted = {name: (pins.overlap[name],) if name in pins.overlap else values for name, values in choices.items()}
+    for groups, chunks in itertools.product(*wanted.values()):
+        overlap = replace(plan.overlap, head_groups=groups, expert_chunks=chunks)
+        candidate = replace(plan, overlap=overlap)
+        if overlap == plan.overlap or overlap_refusal(model.program, plan.mesh, candidate.overlap):
+            continue
+        candidate = simulate(model.program, candidate, model)
+        prediction = candidate.prediction
+        if prediction is not None and prediction.fits and prediction.step_seconds < _seconds(best.prediction):
+            best = candidate
+    return best
 
 
 @dataclass(frozen=True)
@@ -42,12 +68,20 @@ def overlap_gains(plan: Plan, model: StepModel) -> tuple[Gain, ...]:
         other = off if value != off else _on(name)
         reason = _pointless(name, plan, model)
         changed = seconds
+        candidate = replace(plan, overlap=_changed(plan.overlap, name, other))
+        reason = reason or overlap_refusal(model.program, plan.mesh, candidate.overlap) or ""
         if not reason:
-            changes: dict[str, Any] = {name: other}
-            candidate = replace(plan, overlap=replace(plan.overlap, **changes))
             changed = _seconds(simulate(model.program, candidate, model).prediction)
         found.append(Gain(name, value, other, seconds, changed, reason))
     return tuple(found)
+
+
+def _changed(overlap: Overlap, name: str, value: bool | int) -> Overlap:
+    """Without early exchanges there is nothing for groups and chunks to hide."""
+    changes: dict[str, Any] = {name: value}
+    if name == "exchanges" and not value:
+        changes |= {"head_groups": 1, "expert_chunks": 1}
+    return replace(overlap, **changes)
 
 
 def _on(name: str) -> bool | int:

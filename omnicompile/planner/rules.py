@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from omnicompile.cluster import Cluster
+from omnicompile.cost_model.step_overlap import head_groups_fit
 from omnicompile.cost_model.step_price import DTYPE_BYTES
 from omnicompile.errors import PlanError
-from omnicompile.plan import BlockPlan, Layout, Mesh, Plan, Sharding
+from omnicompile.plan import BlockPlan, Layout, Mesh, Overlap, Plan, Sharding
 from omnicompile.program import Block, Program
 
 
@@ -72,6 +73,38 @@ def tp_refusal(program: Program, mesh: Mesh) -> str | None:
                     ranks = f"tp={mesh.tp}" if mesh.sp == 1 else f"tp={mesh.tp} x sp={mesh.sp}"
                     return f"{block.name} has {attention.heads} attention heads, which {ranks} does not divide"
     return None
+
+
+def head_groups_refusal(program: Program, mesh: Mesh, groups: int) -> str | None:
+    """Why no attention is exchanged in `groups` groups of heads; None if some is. The lowering leaves others whole."""
+    if groups == 1:
+        return None
+    if mesh.sp == 1:
+        return f"head_groups={groups}: heads are not exchanged (sp=1)"
+    shapes = [shape for segment in program.segments for shape in segment.attention_ops()]
+    if any(head_groups_fit(shape.heads, shape.kv_heads, mesh.sp, groups) for shape in shapes):
+        return None
+    return f"head_groups={groups}: with sp={mesh.sp} no rank's heads can be cut into {groups} equal groups"
+
+
+def chunks_refusal(program: Program, mesh: Mesh, chunks: int) -> str | None:
+    """Why the experts of a rank cannot be cut into `chunks` chunks; None if they can."""
+    if chunks == 1:
+        return None
+    if mesh.ep == 1:
+        return f"expert_chunks={chunks}: rows of experts are not exchanged (ep=1)"
+    for count in sorted(expert_counts(program)):
+        if count // mesh.ep % chunks:
+            return f"expert_chunks={chunks}: does not divide the {count // mesh.ep} experts of a rank (ep={mesh.ep})"
+    return None
+
+
+def overlap_refusal(program: Program, mesh: Mesh, overlap: Overlap) -> str | None:
+    """Why communication cannot run beside compute so; None if it can."""
+    if not overlap.exchanges and max(overlap.head_groups, overlap.expert_chunks) > 1:
+        return "head_groups and expert_chunks need exchanges=true"
+    groups = head_groups_refusal(program, mesh, overlap.head_groups)
+    return groups or chunks_refusal(program, mesh, overlap.expert_chunks)
 
 
 def dtype_refusal(plan: Plan) -> str | None:
@@ -190,6 +223,7 @@ def plan_refusals(program: Program, plan: Plan) -> Iterator[str]:
         mesh_refusal(program, plan.cluster, plan.mesh, plan.stack.expert_tp),
         pipeline_refusal(program, plan),
         batch_refusal(plan),
+        overlap_refusal(program, plan.mesh, plan.overlap),
     ):
         if reason:
             yield reason

@@ -21,6 +21,7 @@ from omnicompile.planner.rules import (
     frozen_blocks,
     has_experts,
     mesh_refusal,
+    overlap_refusal,
 )
 from omnicompile.program import Program, Recompute
 from omnicompile.support import block_on_request
@@ -99,11 +100,15 @@ class Space:
         return points
 
     def _overlaps(self, mesh: Mesh, accumulation: int) -> list[Overlap]:
-        """Ways to overlap that may differ in time on this mesh; pinned ones always."""
+        """Ways to overlap that may differ in time on this mesh, finer ones (`refine`) left out; pinned ones always."""
         choices: dict[str, tuple[Any, ...]] = {
             "replica_sums": (False, True) if mesh.world > 1 and accumulation == 1 else (False,),
         }
         choices |= {name: (value,) for name, value in self.pins.overlap.items()}
+        pinned = Overlap(**self.pins.overlap)
+        if reason := overlap_refusal(self.program, mesh, pinned):
+            self._refuse(reason.partition(":")[0], reason)
+            return []
         return [Overlap(**dict(zip(choices, values))) for values in itertools.product(*choices.values())]
 
     def _meshes(self) -> list[Mesh]:

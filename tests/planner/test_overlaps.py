@@ -35,7 +35,7 @@ def test_each_gain_is_that_of_a_simulated_plan() -> None:
     best = result.plans[0]
     assert best.prediction is not None and best.overlap.exchanges
     gains = {gain.name: gain for gain in result.gains}
-    late = replace(best, overlap=replace(best.overlap, exchanges=False))
+    late = replace(best, overlap=Overlap(exchanges=False, replica_sums=best.overlap.replica_sums))
     assert gains["exchanges"].other_seconds == seconds(program, late) > best.prediction.step_seconds
     assert gains["exchanges"].on and not gains["exchanges"].reason
     assert gains["expert_chunks"].reason
@@ -62,3 +62,24 @@ def test_pins_of_overlap_are_kept() -> None:
     assert best.overlap == Overlap(exchanges=False)
     with pytest.raises(PlanError, match="must be true or false"):
         planned(program, exchanges="maybe")
+
+
+def test_finer_ways_are_taken_where_they_gain() -> None:
+    """Rows of experts that travel for longer than a chunk computes are cut into chunks."""
+    program = synthetic.moe_lm(65536)
+    pins = {"mesh__sp": "1", "mesh__ep": "8", "mesh__dp_replicate": "1"}
+    result = planned(program, **pins)
+    best = result.plans[0]
+    assert best.prediction is not None and best.overlap.expert_chunks > 1
+    whole = replace(best, overlap=replace(best.overlap, expert_chunks=1))
+    assert best.prediction.step_seconds < seconds(program, whole)
+    gain = next(gain for gain in result.gains if gain.name == "expert_chunks")
+    assert gain.on and gain.other == 1 and gain.other_seconds == seconds(program, whole)
+    assert planned(program, **pins, expert_chunks="1").plans[0].overlap.expert_chunks == 1
+
+
+def test_what_cannot_be_cut_is_refused() -> None:
+    program = synthetic.moe_lm()
+    for pin, reason in ({"expert_chunks": "3"}, "does not divide the 16 experts"), ({"head_groups": "2"}, "sp=1"):
+        with pytest.raises(PlanError, match=reason):
+            planned(program, mesh__sp="1", mesh__ep="8", **pin)
