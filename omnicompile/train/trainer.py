@@ -75,8 +75,6 @@ class Trainer:
         self.done = self._saved = restored.step
         for group, rate in zip(self.optimizer.param_groups, self._rates):
             group["lr"] = rate
-        if self.sample_log is not None:
-            self.sample_log.keep(self.done)
         return self.done
 
     def run(self) -> Finished:
@@ -90,6 +88,8 @@ class Trainer:
     def _run(self, options: TrainOptions) -> Finished:
         if options.steps is not None and self.done >= options.steps:
             return Finished(self.done)
+        if self.sample_log is not None:
+            self.sample_log.keep(self.done)
         schedule = make_schedule(self.optimizer, options.schedule, options.steps, self.done)
         for step, waited in self._steps():
             lr = float(self.optimizer.param_groups[0]["lr"])

@@ -192,6 +192,17 @@ def test_a_run_that_was_cut_off_goes_on_as_one_that_never_was(tmp_path: Path) ->
     assert Checkpointer(folder).latest() == 12
 
 
+def test_a_run_that_begins_again_begins_its_log_again(tmp_path: Path) -> None:
+    log = SampleLog(tmp_path / "samples.jsonl")
+    for _ in range(2):
+        trainer(TrainOptions(steps=3), sample_log=log)[0].run()
+    with (tmp_path / "samples.jsonl").open("a") as file:
+        file.write('{"step": 4, "sam')
+    log.keep(3)
+    lines = (tmp_path / "samples.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
+
+
 def test_data_without_a_sample_is_an_error() -> None:
     run, _ = trainer(TrainOptions(steps=3), MemoryLoader([], 1))
     with pytest.raises(TrainingError, match="no sample"):
