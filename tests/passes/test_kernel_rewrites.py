@@ -30,6 +30,7 @@ from omnicompile.torch_compat import trace_pre_dispatch
 
 from .models import block_plans, image_batches, mixture_model, text_batch, vision_language_model
 from .parity import captured_for, program_of, reference, relative_errors, shifted_targets, whole_values
+from .test_rules import Example, check, ints, r
 
 LAYERS = "rms_norm=reference,swiglu=reference,rope=reference"
 ALL = f"{LAYERS},cross_entropy=reference,linear_cross_entropy=reference,attention=reference,grouped_mm=reference"
@@ -290,3 +291,24 @@ def test_tables_that_are_trained_are_left_alone() -> None:
     program = program_of(forward, model, Mesh(dp_shard=2), block_plans(Mesh(dp_shard=2)), 4)
     found = count(lower_forward(replace(program, kernels=KernelChoice.of(ALL, CPU))))
     assert not found["omnicompile.rope"] and found["omnicompile.cross_entropy"] == 1
+
+
+# Placement -----------------------------------------------------------------------------------------------------------
+
+
+def examples() -> list[Example]:
+    """The operators on tensors; `least`: cuts that they must have a choice for."""
+    kernel = "reference"
+    return [
+        Example(omni.rms_norm.default, (r(2, 4, 6), r(6), 1e-6, 0.0, False, kernel), least=3),
+        Example(omni.swiglu.default, (r(2, 4, 6), r(2, 4, 6), kernel), least=3),
+        Example(omni.rope.default, (r(2, 4, 6, 8), r(2, 1, 6, 8), r(2, 1, 6, 8), kernel), least=3),
+        Example(omni.rope.default, (r(6, 4, 8), r(6, 1, 8), r(6, 1, 8), kernel), least=2),
+        Example(omni.cross_entropy.default, (r(8, 6), ints(6, 8), -100, kernel), least=1),
+        Example(omni.linear_cross_entropy.default, (r(8, 6), r(10, 6), ints(10, 8), -100, kernel), least=1),
+    ]
+
+
+@pytest.mark.parametrize("example", examples(), ids=str)
+def test_every_cut_gives_the_whole_value(example: Example) -> None:
+    assert check(example) >= example.least
