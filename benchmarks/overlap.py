@@ -100,7 +100,7 @@ def lines_of(model: str, seq_len: int, gpus: int, pins: dict[str, str], only: st
     before = full_program(built, full_batch(source, built, plan.workload, plan.micro_batch), plan)
     lines: list[Line] = []
     for name, overlap in pass_sets(plan, plan.mesh.ep > 1):
-        if only and only not in name:
+        if only and name not in only.split(","):
             continue
         start = perf_counter()
         program = lower_forward(replace(before.before, overlap=overlap))
@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, default=GPUS)
     parser.add_argument("--seq-len", type=int, default=32768)
     parser.add_argument("--pin", action="append", default=[], help="as for `omnicompile plan`")
-    parser.add_argument("--only", default="", help="pass sets whose name contains this")
+    parser.add_argument("--only", default="", help="names of pass sets, with commas between")
     parser.add_argument("--all", action="store_true", help="the four cases at 128 GPUs")
     parser.add_argument("--out", type=Path, help="also written here, and as JSON beside it")
     options = parser.parse_args()

@@ -115,3 +115,15 @@ def test_a_gather_of_what_is_not_a_parameter_stays() -> None:
     before = [line for line in written(gm) if "gather" in line]
     overlap_pass(gm, [])
     assert [line for line in written(gm) if "gather" in line] == before
+
+
+def test_two_layers_ahead() -> None:
+    gm = traced()
+    placeholders = [node.name for node in gm.graph.find_nodes(op="placeholder")][1:]
+    overlap_pass(gm, placeholders, prefetch=2)
+    assert written(gm)[:14] == [
+        "gather together", "wait for a gather",
+        "gather together", "gather together", "mm", "mm", "wait for a gather",
+        "gather together", "mm", "mm", "wait for a gather",
+        "gather together", "mm", "mm",
+    ]  # fmt: skip
