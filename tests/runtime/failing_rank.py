@@ -91,7 +91,7 @@ def caught() -> None:
     module = distributed()
     step(module, 0)
     if RANK == FAULTY:
-        module.engine.reduce_loss = out_of_memory
+        module.engine.reduce_losses = out_of_memory
         told("first", step, module, 1)
         told("again", step, module, 2)
         time.sleep(600)
