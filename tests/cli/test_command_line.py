@@ -98,7 +98,19 @@ def test_doctor(run: Any) -> None:
     view = json.loads(run("doctor", "--json").out)
     assert view["usable"] is True
     assert {check["name"] for check in view["checks"]} >= {"python", "torch", "GPU", "gloo", "step, eager"}
-    assert {check["area"] for check in view["checks"]} == {"plan", "train", "backends", "attention"}
+    assert {check["area"] for check in view["checks"]} == {"plan", "train", "backends", "kernels"}
+    kernels = {check["name"]: check["detail"] for check in view["checks"] if check["area"] == "kernels"}
+    assert kernels["attention"].startswith("torch_cpu") and kernels["rms_norm"].startswith("inductor")
+
+
+def test_doctor_checks_a_choice_of_kernels(run: Any) -> None:
+    assert "reference; also available: inductor" in run("doctor", "--kernels", "rms_norm=reference").out
+    for choice, cause in (
+        ("rms_norm=ligr", "did you mean liger"),
+        ("attention=flash_attn3", "cannot be used here: it runs on sm90, and this is cpu"),
+    ):
+        outcome = run("doctor", "--kernels", choice)
+        assert (outcome.code, outcome.err.count("\n")) == (2, 1) and cause in outcome.err
 
 
 def test_doctor_names_what_is_missing(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
