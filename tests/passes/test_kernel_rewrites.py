@@ -36,7 +36,7 @@ LAYERS = "rms_norm=reference,swiglu=reference,rope=reference"
 ALL = f"{LAYERS},cross_entropy=reference,linear_cross_entropy=reference,attention=reference,grouped_mm=reference"
 omni, aten = torch.ops.omnicompile, torch.ops.aten
 CPU = torch.device("cpu")
-MESHES = [Mesh(dp_shard=2), Mesh(sp=2)]
+MESHES = [pytest.param(Mesh(dp_shard=2), marks=pytest.mark.slow), Mesh(sp=2)]
 
 
 @lru_cache(maxsize=2)
