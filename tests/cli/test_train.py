@@ -105,7 +105,8 @@ def test_a_run_on_one_process_says_what_it_does_and_goes_on(
     never = run("train", files["one"], *common, "--steps", "9", "--resume", "never")
     assert never.code == 2 and "has a checkpoint of step 5" in never.err
     other = tmp_path / "other.py"
-    other.write_text((runs.EXAMPLE / "tiny_vl.py").read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 1'))
+    text = (runs.EXAMPLE / "tiny_vl.py").read_text()
+    other.write_text(text.replace('"num_hidden_layers": 2', '"num_hidden_layers": 1'))
     foreign = run("train", files["one"], "--model", str(other), *common, "--steps", "9")
     assert foreign.code == 2 and "is of another model: the model has no model.language_model.layers.1" in foreign.err
     for folder in (out / "checkpoints").glob("step-*"):
