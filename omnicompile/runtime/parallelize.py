@@ -61,10 +61,11 @@ def parallelize(
     model: with its weights, the same on every rank, or on the meta device; it is not changed. weights: of a model on
     the meta device, a folder as Hugging Face's save_pretrained writes it, of which each rank reads its own parts; None:
     the model's own initialization gives the values (from `seed`). plan: None plans first, for these processes and
-    this budget; with one process the plain model is returned. device_type: "cuda", "cpu", or None for what there is.
-    example_batch: a batch of the budget that training batches have; its values do not matter. backend: "inductor" (None
-    on GPUs) compiles forward and backward as one graph, "step" (None on CPUs) runs that graph as it is, "torch.compile"
-    hands the rewritten forward to torch.compile, "eager" runs it under autograd. master_dtype: of stored parameters.
+    this budget; with one process the plain model is returned, unless the plan offloads. device_type: "cuda", "cpu", or
+    None for what there is. example_batch: a batch of the budget that training batches have; its values do not matter.
+    backend: "inductor" (None on GPUs) compiles forward and backward as one graph, "step" (None on CPUs) runs that graph
+    as it is, "torch.compile" hands the rewritten forward to torch.compile, "eager" runs it under autograd.
+    master_dtype: of stored parameters.
     segments: most images or windows in a batch. timeout: seconds that a rank waits for the others in a collective.
     kernels: implementations of operators by name, "rms_norm=liger,..." or {"rms_norm": "liger"} (docs/kernels.md); for
     all others, what is fastest on the present GPU is taken.

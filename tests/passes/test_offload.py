@@ -9,17 +9,18 @@ import torch
 from torch import Tensor, fx, nn
 
 from omnicompile.cluster import Cluster
-from omnicompile.lowering.dry_run import dry_run_program
+from omnicompile.lowering.dry_run import dry_run, dry_run_program
 from omnicompile.lowering.step_graph import trace_step
 from omnicompile.passes import lower_forward
 from omnicompile.passes.liveness import balanced_rows, peak_bytes, storage_of, tensor_bytes
 from omnicompile.passes.offload import HOST_COPY
 from omnicompile.passes.offload_op import FETCH, FETCH_WAIT, OFFLOAD, OFFLOAD_WAIT, host_empty_like
 from omnicompile.passes.segments import is_forward
-from omnicompile.plan import BlockPlan, Mesh
+from omnicompile.plan import BlockPlan, Mesh, Plan
 from omnicompile.recompute import Recompute
+from omnicompile.workload import Workload
 
-from .models import text_batch
+from .models import dense_model, text_batch
 from .parity import captured_for, program_of, whole_values
 from .steps import lowered, one_rank_step, run_on_all_ranks
 
@@ -181,6 +182,19 @@ def test_the_dry_run_counts_copies_and_what_they_save() -> None:
     kinds = runs[True].timeline.by_kind
     assert kinds["offload"] == pytest.approx(kinds["fetch"])
     assert runs[True].timeline.hidden["offload"] > 0 and runs[True].seconds >= runs[False].seconds
+
+
+def test_the_dry_run_of_an_offloaded_optimizer_holds_compute_weights_and_gradients() -> None:
+    runs = {}
+    for offload in (False, True):
+        plan = Plan(
+            "m", Cluster(gpus=2), Workload(), Mesh(dp_shard=2), {"text": BlockPlan()}, offload_optimizer=offload
+        )
+        runs[offload] = dry_run(dense_model().to("meta"), text_batch(0), plan)
+    device, host = runs[False], runs[True]
+    assert host.optimizer_bytes == 0 and 2 * host.parameter_bytes == device.parameter_bytes
+    assert device.peak_bytes - host.peak_bytes >= host.parameter_bytes
+    assert host.update_seconds > device.update_seconds and host.collectives == device.collectives
 
 
 # Host memory -------------------------------------------------------------------------------------------------------
