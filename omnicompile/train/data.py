@@ -11,19 +11,19 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from omnicompile.data.budget import Budget, Size, merge_of, suggest_budget
-from omnicompile.data.encode import Encoded, ProcessorEncoder
+from omnicompile.data.budget import Budget, merge_of, suggest_budget
+from omnicompile.data.encode import ProcessorEncoder
 from omnicompile.data.loader import PackedLoader, as_encoder, make_loader
 from omnicompile.data.policy import Policy
-from omnicompile.data.sample import BadSample, to_sample
-from omnicompile.data.sources import Source, first_kind, open_source
+from omnicompile.data.read import sample_sizes
+from omnicompile.data.sources import Source, open_source
 from omnicompile.errors import InputError
 from omnicompile.plan import Plan
 from omnicompile.recipe import read_yaml
 from omnicompile.runtime.packing import image_ranks
 from omnicompile.schema import Place, decode
 
-_MIX = 256  # samples whose sizes decide on the budget of patches
+_MIX = 2048  # samples whose sizes decide on the budget of patches
 _EVEN = 8  # so that recipes with sp up to it have the same budget, and the same packs
 
 
@@ -121,7 +121,7 @@ def _budget(options: DataOptions, source: Source, encoder: Any, model: nn.Module
     if tokens % plan.mesh.sp:
         raise InputError(f"a budget of {tokens} tokens does not divide over sp={plan.mesh.sp}: make it a multiple")
     if wanted.patches is None or wanted.frames is None or not wanted.segments:
-        mix = [size for size in measured(source, encoder, Policy(options.bad), _MIX) if size.tokens < tokens]
+        mix = [size for size in sample_sizes(source, encoder, _MIX, Policy(options.bad)) if size.tokens < tokens]
         found = suggest_budget(mix, tokens, merge, parts, wanted.segments)
     else:
         found = Budget(tokens, wanted.patches, wanted.frames, wanted.segments, merge, parts)
@@ -131,16 +131,3 @@ def _budget(options: DataOptions, source: Source, encoder: Any, model: nn.Module
         tokens, -(-patches // unit) * unit, found.frames if wanted.frames is None else wanted.frames,
         wanted.segments or found.segments, merge, parts,
     )  # fmt: skip
-
-
-def measured(source: Source, encoder: Any, bad: Policy, count: int) -> list[Size]:
-    """Sizes of up to `count` samples that can be read, spread over the source. The same on every rank."""
-    kind = first_kind(source, bad)
-    found = []
-    for number in range(0, len(source), max(1, len(source) // count)):
-        try:
-            found.append(Encoded.of(encoder(to_sample(source[number], kind, source.where(number)))).size)
-        except BadSample as reason:
-            if bad is Policy.REFUSE:
-                raise InputError(f"{source.where(number)}: {reason}; mend or remove it, or set bad: skip") from reason
-    return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,10 @@ import runs
 from torch import nn
 
 from omnicompile.capture.source import load_model_source
+from omnicompile.data.read import sample_sizes
 from omnicompile.errors import InputError, RecipeError
 from omnicompile.plan import Mesh
-from omnicompile.train.data import BudgetOptions, Data, load_data_options, measured, open_data
+from omnicompile.train.data import BudgetOptions, Data, load_data_options, open_data
 from omnicompile.train.run import Request, processor_of
 
 MODEL = str(runs.EXAMPLE / "tiny_vl.py")
@@ -64,15 +64,10 @@ def test_a_mistake_in_a_data_file_is_named(tmp_path: Path, text: str, said: str)
 def test_a_budget_is_found_for_the_mix_and_does_not_depend_on_the_recipe(folder: Path, model: nn.Module) -> None:
     found = [opened(folder, model, mesh, seq_len=256).budget for mesh in (Mesh(), Mesh(dp_shard=2, sp=2), Mesh(sp=8))]
     assert found[0] == found[1] == found[2]
-    sizes = measured(*_mix(opened(folder, model, Mesh(), seq_len=256)))
+    data = opened(folder, model, Mesh(), seq_len=256)
+    sizes = sample_sizes(data.source, data.encoder, 100)
     assert len(sizes) == 40 and found[0].tokens == 256 and found[0].patches % 32 == 0
     assert all(found[0].holds(size) for size in sizes)
-
-
-def _mix(data: Data) -> Iterator[Any]:
-    from omnicompile.data.policy import Policy
-
-    yield from (data.source, data.encoder, Policy.REFUSE, 100)
 
 
 def test_loaders_of_all_recipes_pack_the_same_steps(folder: Path, model: nn.Module) -> None:
