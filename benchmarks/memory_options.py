@@ -66,7 +66,7 @@ def models() -> dict[str, Case]:
 
     sizes = {
         "deep": (Size(256, 6, 512, 2048, head=64), 2),
-        "wide vocabulary": (Size(128, 2, 512, 4096, head=64), 8),
+        "wide vocabulary": (Size(64, 2, 512, 4096, head=32), 32),
         "short": (Size(512, 4, 256, 2048, head=64), 1),
     }
     cases = [Case(name, name, "dense", size, Mesh(dp_shard=2), rows=rows) for name, (size, rows) in sizes.items()]
