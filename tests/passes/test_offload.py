@@ -139,7 +139,10 @@ def test_what_several_layers_read_stays_on_the_device() -> None:
 # Models ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("policy", list(Recompute))
+SLOW = [pytest.param(policy, marks=pytest.mark.slow) for policy in list(Recompute)[1:]]
+
+
+@pytest.mark.parametrize("policy", [Recompute.NONE, *SLOW])
 def test_a_model_gives_the_same_bits_under_every_recompute_policy(policy: Recompute) -> None:
     step, arguments = one_rank_step("vlm", policy, offload=True)
     plain, same = one_rank_step("vlm", policy)
@@ -161,7 +164,11 @@ def test_only_blocks_that_ask_for_it_and_no_parameters_go_to_the_host() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "mesh"),
-    [("vlm", Mesh(sp=2)), ("vlm", Mesh(dp_shard=2)), ("moe", Mesh(sp=2, ep=2))],
+    [
+        pytest.param("vlm", Mesh(sp=2), marks=pytest.mark.slow),
+        pytest.param("vlm", Mesh(dp_shard=2), marks=pytest.mark.slow),
+        ("moe", Mesh(sp=2, ep=2)),
+    ],
     ids=["vlm sp", "vlm fsdp", "moe sp ep"],
 )
 def test_ranks_give_the_same_bits(kind: str, mesh: Mesh) -> None:
