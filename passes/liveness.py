@@ -93,7 +93,8 @@ def elements(shape: Sequence[int | torch.SymInt], rows: Rows) -> int:
 
 
 def _known(size: torch.SymInt, rows: Rows) -> int:
-    number = sympy.sympify(size.node.expr).subs(rows)
+    expression = sympy.sympify(size.node.expr)
+    number = expression.xreplace({s: sympy.Integer(rows[s]) for s in expression.free_symbols if s in rows})
     if not number.is_number:
         raise ValueError(f"the size {size} is known only at run time: give its value in `rows`")
     return int(number)

@@ -8,6 +8,7 @@ parameters are gathered again for the backward instead of being kept from the fo
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 
 import torch
@@ -201,6 +202,8 @@ _COPIES = (torch.ops.aten.clone.default, torch.ops.aten._to_copy.default)
 
 def _rearranges(node: fx.Node) -> bool:
     target = node.target
+    if target is operator.getitem:  # a piece of a split
+        return _rearranges(node.all_input_nodes[0])
     return target in _COPIES or (isinstance(target, torch._ops.OpOverload) and target.is_view)
 
 
