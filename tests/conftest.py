@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -110,3 +112,12 @@ def sample_plans() -> list[Plan]:
     other = dict(best.blocks) | {"vision": replace(best.blocks["vision"], layout=Layout.REPLICATED)}
     slowest = replace(best, blocks=other, prediction=replace(prediction, tokens_per_second_per_gpu=400.0))
     return [best, slower, slowest]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_group_is_left() -> Iterator[None]:
+    """A proof runs all ranks in one process and leaves their fake group behind: the next file begins without."""
+    yield
+    dist = sys.modules.get("torch.distributed")
+    if dist is not None and dist.is_available() and dist.is_initialized() and dist.get_backend() == "fake":
+        dist.destroy_process_group()
