@@ -22,7 +22,7 @@ from omnicompile.cluster import Cluster
 from omnicompile.lowering.dry_run import DryRun, dry_run_program
 from omnicompile.lowering.full_size import full_batch, full_program
 from omnicompile.passes import lower_forward
-from omnicompile.plan import Overlap, Plan
+from omnicompile.plan import Overlap, Plan, Sharding
 from omnicompile.planner.api import plan_source
 from omnicompile.recipe import parse_pins
 from omnicompile.workload import Workload
@@ -56,7 +56,8 @@ class Line:
 
 
 def pass_sets(plan: Plan, experts: bool) -> Iterator[tuple[str, Overlap]]:
-    """Name and passes: none, each alone on top of the exchanges' schedule, and all together."""
+    """Name and passes: none, each alone on top of the exchanges' schedule, and all together. Those that the plan has
+    nothing for are left out; sums over replicas are for steps without accumulation."""
     everything: dict[str, int | bool] = {}
     yield "none", NONE
     yield "exchanges", Overlap()
@@ -67,7 +68,9 @@ def pass_sets(plan: Plan, experts: bool) -> Iterator[tuple[str, Overlap]]:
         everything["expert_chunks"] = 4
         yield "+ expert chunks 2", Overlap(expert_chunks=2)
         yield "+ expert chunks 4", Overlap(expert_chunks=4)
-    if plan.mesh.dp_replicate > 1:
+    whole = any(b.sharding is Sharding.REPLICATE and not b.frozen for b in plan.blocks.values())
+    hybrid = plan.mesh.dp_replicate > 1 and any(b.sharding is Sharding.HSDP for b in plan.blocks.values())
+    if plan.accumulation == 1 and (whole or hybrid):
         everything["replica_sums"] = True
         yield "+ replica sums", Overlap(replica_sums=True)
     yield "+ prefetch 2", Overlap(prefetch=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,14 +15,15 @@ from omnicompile.lowering.driver import default_lower, rank_program, with_output
 from omnicompile.lowering.graph_capture import capture_forward
 from omnicompile.lowering.regions import compile_regions, find_regions
 from omnicompile.lowering.step_graph import StepGraph, trace_step
-from omnicompile.plan import Mesh
+from omnicompile.plan import Mesh, Overlap
 
 
-def step_of(layers: int, mesh: Mesh) -> StepGraph:
+def step_of(layers: int, mesh: Mesh, overlap: Overlap = Overlap(exchanges=False)) -> StepGraph:
     captured, _ = capture_forward(mixture_model(layers), text_batch(1))
     names = dict.fromkeys(captured.params.values(), True)
     forward = with_outputs(captured, ("loss",))
-    return trace_step(default_lower(rank_program(forward, make_plan(("text",), mesh), names, {32}, torch.float32)))
+    plan = replace(make_plan(("text",), mesh), overlap=overlap)
+    return trace_step(default_lower(rank_program(forward, plan, names, {32}, torch.float32)))
 
 
 def keep(module: fx.GraphModule, dynamic: bool) -> fx.GraphModule:
@@ -56,6 +58,15 @@ def test_the_number_of_compilations_does_not_grow_with_depth() -> None:
     counts = {layers: compile_regions(step_of(layers, mesh).gm, keep)[1] for layers in (2, 4, 8)}
     # Two layers are the first and the last; from three on there is the region of a layer between them.
     assert counts[4] == counts[8] <= counts[2] + 1, counts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overlap", [Overlap(), Overlap(head_groups=2, expert_chunks=2, prefetch=2)])
+def test_a_schedule_of_exchanges_does_not_make_it_grow(overlap: Overlap) -> None:
+    few, many = (
+        compile_regions(step_of(layers, Mesh(dp_shard=2, sp=2, ep=2), overlap).gm, keep)[1] for layers in (3, 6)
+    )
+    assert 0 < many <= few
 
 
 def test_collectives_and_anchors_stay_outside() -> None:
