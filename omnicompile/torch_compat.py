@@ -184,7 +184,7 @@ def varlen_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The backward of torch.nn.attention.varlen.varlen_attn. saved: q, k, v and the output, each [len, heads, d]; lse
     [heads, len]; bounds and lengths: cu_seqlens and the longest segments of queries and keys."""
-    import torch.nn.attention.varlen  # noqa: F401  (defines the operator)
+    import torch.nn.attention.varlen
 
     no_random = torch.zeros(2, dtype=torch.uint64, device=grad.device)
     dq, dk, dv = torch.ops.torch_attn._varlen_attn_backward(

@@ -29,7 +29,8 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def seen(seconds: float, peak: int = 100) -> dict[str, Any]:
     steps = [seconds * factor for factor in (0.9, 1.0, 1.1, 1.0, 1.0, 3.0, 1.0)]
-    return {"step": steps, "cpu": steps, "peak": peak, "peaks": [peak, peak], "held": peak // 2, "compute": {"gemm": 0.3}, "losses": [1.0]}
+    peaks = {"peak": peak, "peaks": [peak, peak], "held": peak // 2}
+    return {"step": steps, "cpu": steps, **peaks, "compute": {"gemm": 0.3}, "losses": [1.0]}
 
 
 def row(bench: ModuleType, name: str, measured: float, predicted: float, family: str = "a", tokens: int = 1000) -> Any:

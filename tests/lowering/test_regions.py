@@ -18,11 +18,11 @@ from omnicompile.lowering.step_graph import StepGraph, trace_step
 from omnicompile.plan import Mesh, Overlap
 
 
-def step_of(layers: int, mesh: Mesh, overlap: Overlap = Overlap(exchanges=False)) -> StepGraph:
+def step_of(layers: int, mesh: Mesh, overlap: Overlap | None = None) -> StepGraph:
     captured, _ = capture_forward(mixture_model(layers), text_batch(1))
     names = dict.fromkeys(captured.params.values(), True)
     forward = with_outputs(captured, ("loss",))
-    plan = replace(make_plan(("text",), mesh), overlap=overlap)
+    plan = replace(make_plan(("text",), mesh), overlap=overlap or Overlap())
     return trace_step(default_lower(rank_program(forward, plan, names, {32}, torch.float32)))
 
 

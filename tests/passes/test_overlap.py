@@ -102,7 +102,8 @@ def test_the_order_of_three_layers() -> None:
     ]  # fmt: skip
     backward = [
         "mm", "mm", "mm", "cast", "cast", "scatter together", "mm", "wait for a gather",
-        "gather together", "mm", "mm", "mm", "wait for a scatter", "cast", "cast", "scatter together", "mm", "wait for a gather",
+        "gather together", "mm", "mm", "mm", "wait for a scatter", "cast", "cast", "scatter together", "mm",
+        "wait for a gather",
         "mm", "mm", "mm", "wait for a scatter", "cast", "cast", "scatter together", "mm", "wait for a scatter",
     ]  # fmt: skip
     assert written(gm) == forward + backward

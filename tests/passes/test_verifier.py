@@ -59,7 +59,7 @@ def test_finds_a_dropped_all_reduce_where_a_partial_value_meets_a_product(
     reductions = [n for n in _calls(broken, collectives.all_reduce) if n.meta["role"] == "sp_all_reduce"]
     assert reductions
     _drop(broken, reductions[-1])
-    with pytest.raises(VerificationError, match="neither the whole value|losses of all ranks add up"):
+    with pytest.raises(VerificationError, match=r"neither the whole value|losses of all ranks add up"):
         verify_lowering(program, broken, values, targets)
 
 
