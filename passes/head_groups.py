@@ -21,7 +21,8 @@ def group_heads_pass(program: RankProgram, plan: Plan | None = None) -> RankProg
 
     Before: `o = attention(q, k, v)[0]; y = all_to_all(o)`. After, with 2 groups of q's heads and the key and value
     heads that they read: `o0 = attention(q[:, :h], k[:, :n], v[:, :n])[0]; y0 = all_to_all(o0);
-    o1 = attention(q[:, h:], k[:, n:], v[:, n:])[0]; y1 = all_to_all(o1); y = join(y0, y1)`, heads of a rank staying together.
+    o1 = attention(q[:, h:], k[:, n:], v[:, n:])[0]; y1 = all_to_all(o1); y = join(y0, y1)`, heads of
+    a rank staying together.
 
     The schedule of exchanges launches each all-to-all behind its group, and in the backward, which autograd derives,
     those of the gradients likewise. The output projection waits for all groups, so its sums keep their order. Safe
