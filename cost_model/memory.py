@@ -78,7 +78,8 @@ def static_memory(
 class Moment:
     """A point in the step. run: index into `Program.runs`, -1 when the backward is over. saved: instances per run whose
     activations are kept. gathered: run indices whose parameters are gathered, with multiplicity. reducing: run of the
-    gradients in flight. point: of the run's backward. fetching: the last of `gathered` is on its way."""
+    gradients in flight. point: of the run's backward. fetching: the last of `gathered` is on its way, as it is while a
+    layer's backward begins: it is launched first, and over before most of the layer's gradients are there."""
 
     backward: bool
     run: int
@@ -89,7 +90,7 @@ class Moment:
 
     @property
     def fetching(self) -> bool:
-        return len(self.gathered) > 1
+        return len(self.gathered) > 1 and self.point == 0
 
 
 def moments(program: Program) -> tuple[Moment, ...]:
