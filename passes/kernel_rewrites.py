@@ -96,7 +96,7 @@ class _Rewriter:
         if self.choice.measurements is None and self.choice.asked(problem) is None:
             return
         kernel = self.choice.pick(problem, module_of(node))
-        node.args, node.kwargs = tuple((schema_values(node) | {"kernel": kernel.name}).values()), {}
+        node.args, node.kwargs = tuple((schema_values(node) | {"implementation": kernel.name}).values()), {}
         self.done[f"{problem.operator} by {kernel.name}"] += 1
 
     def _attention_problem(self, node: fx.Node) -> Problem:

@@ -9,7 +9,7 @@ up to and including its own position (sliding window); 0 means no limit. `softca
 Returns the output [batch, heads, q_len, v_head_dim] and the log-sum-exp of the scores [batch, heads, q_len] in float32
 (float64 for float64 inputs), which the backward reads instead of the attention matrix.
 
-`kernel` names the implementation (omnicompile/kernels); "" takes the first one that computes this here.
+`implementation` is one of the kernels (omnicompile/kernels); "" takes the first one that computes this here.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ def attention(
     scale: float,
     window: int,
     softcap: float,
-    kernel: str = "",
+    implementation: str = "",
 ) -> tuple[Tensor, Tensor]:
     call = Call(cu_q, cu_k, sinks, causal, scale, window, softcap)
-    out, lse = _functions(kernel, q, k, v, call).forward(q, k, v, call)
+    out, lse = _functions(implementation, q, k, v, call).forward(q, k, v, call)
     return _laid_out(out), lse.contiguous()
 
 
@@ -83,11 +83,11 @@ def attention_backward(
     scale: float,
     window: int,
     softcap: float,
-    kernel: str = "",
+    implementation: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and of the sinks (an empty tensor when there are none)."""
     call = Call(cu_q, cu_k, sinks, causal, scale, window, softcap)
-    dq, dk, dv, d_sinks = _functions(kernel, q, k, v, call).backward(grad, q, k, v, out, lse, call)
+    dq, dk, dv, d_sinks = _functions(implementation, q, k, v, call).backward(grad, q, k, v, out, lse, call)
     return _laid_out(dq), _laid_out(dk), _laid_out(dv), d_sinks
 
 

@@ -76,47 +76,51 @@ def _grouped_functions(kernel: str, rows: Tensor, weight: Sequence[int]) -> Func
 
 
 @torch.library.custom_op("omnicompile::grouped_mm", mutates_args=())
-def grouped_mm(rows: Tensor, weight: Tensor, counts: Tensor, transposed: bool, kernel: str = "") -> Tensor:
+def grouped_mm(rows: Tensor, weight: Tensor, counts: Tensor, transposed: bool, implementation: str = "") -> Tensor:
     """rows [r, k] sorted by expert times each row's expert matrix: weight [experts, n, k], or [experts, k, n] when
-    `transposed`. Returns [r, n]. Rows past sum(counts) give zeros. kernel: the implementation (omnicompile/kernels);
+    `transposed`. Returns [r, n]. Rows past sum(counts) give zeros. implementation: of omnicompile/kernels;
     "" takes the first one that computes this here."""
-    result: Tensor = _grouped_functions(kernel, rows, weight.shape).forward(rows, weight, counts, transposed)
+    result: Tensor = _grouped_functions(implementation, rows, weight.shape).forward(rows, weight, counts, transposed)
     return result
 
 
 @grouped_mm.register_fake
-def _grouped_mm_fake(rows: Tensor, weight: Tensor, counts: Tensor, transposed: bool, kernel: str = "") -> Tensor:
+def _grouped_mm_fake(
+    rows: Tensor, weight: Tensor, counts: Tensor, transposed: bool, implementation: str = ""
+) -> Tensor:
     return rows.new_empty(rows.shape[0], weight.shape[2] if transposed else weight.shape[1])
 
 
 @torch.library.custom_op("omnicompile::grouped_mm_weight", mutates_args=())
-def grouped_mm_weight(rows: Tensor, grad: Tensor, counts: Tensor, transposed: bool, kernel: str = "") -> Tensor:
+def grouped_mm_weight(rows: Tensor, grad: Tensor, counts: Tensor, transposed: bool, implementation: str = "") -> Tensor:
     """Gradient of `grouped_mm`'s weight: rows [r, k], grad [r, n] -> [experts, n, k] (or [experts, k, n])."""
     shape = counts.shape[0], *((rows.shape[1], grad.shape[1]) if transposed else (grad.shape[1], rows.shape[1]))
-    found = _grouped_functions(kernel, rows, shape)
+    found = _grouped_functions(implementation, rows, shape)
     result: Tensor = found.backward(rows, grad, counts, transposed)
     return result
 
 
 @grouped_mm_weight.register_fake
-def _grouped_mm_weight_fake(rows: Tensor, grad: Tensor, counts: Tensor, transposed: bool, kernel: str = "") -> Tensor:
+def _grouped_mm_weight_fake(
+    rows: Tensor, grad: Tensor, counts: Tensor, transposed: bool, implementation: str = ""
+) -> Tensor:
     left, right = (rows, grad) if transposed else (grad, rows)
     return rows.new_empty(counts.shape[0], left.shape[1], right.shape[1])
 
 
 def _grouped_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    rows, weight, counts, transposed, kernel = inputs
+    rows, weight, counts, transposed, implementation = inputs
     ctx.save_for_backward(rows, weight, counts)
-    ctx.transposed, ctx.kernel = transposed, kernel
+    ctx.transposed, ctx.implementation = transposed, implementation
 
 
 def _grouped_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     rows, weight, counts = ctx.saved_tensors
     d_rows = d_weight = None
     if ctx.needs_input_grad[0]:
-        d_rows = torch.ops.omnicompile.grouped_mm(grad, weight, counts, not ctx.transposed, ctx.kernel)
+        d_rows = torch.ops.omnicompile.grouped_mm(grad, weight, counts, not ctx.transposed, ctx.implementation)
     if ctx.needs_input_grad[1]:
-        d_weight = torch.ops.omnicompile.grouped_mm_weight(rows, grad, counts, ctx.transposed, ctx.kernel)
+        d_weight = torch.ops.omnicompile.grouped_mm_weight(rows, grad, counts, ctx.transposed, ctx.implementation)
     return d_rows, d_weight, None, None, None
 
 
