@@ -57,7 +57,7 @@ class Line:
 
 def pass_sets(plan: Plan, experts: bool) -> Iterator[tuple[str, Overlap]]:
     """Name and passes: none, each alone on top of the exchanges' schedule, and all together. Those that the plan has
-    nothing for are left out; sums over replicas are for steps without accumulation."""
+    nothing for are left out."""
     everything: dict[str, int | bool] = {}
     yield "none", NONE
     yield "exchanges", Overlap()
@@ -70,7 +70,7 @@ def pass_sets(plan: Plan, experts: bool) -> Iterator[tuple[str, Overlap]]:
         yield "+ expert chunks 4", Overlap(expert_chunks=4)
     whole = any(b.sharding is Sharding.REPLICATE and not b.frozen for b in plan.blocks.values())
     hybrid = plan.mesh.dp_replicate > 1 and any(b.sharding is Sharding.HSDP for b in plan.blocks.values())
-    if plan.accumulation == 1 and (whole or hybrid):
+    if whole or hybrid:
         everything["replica_sums"] = True
         yield "+ replica sums", Overlap(replica_sums=True)
     yield "+ prefetch 2", Overlap(prefetch=2)
@@ -80,15 +80,15 @@ def pass_sets(plan: Plan, experts: bool) -> Iterator[tuple[str, Overlap]]:
 
 def line_of(name: str, run: DryRun, plan: Plan, seconds: float) -> Line:
     """The step of `plan.accumulation` micro-steps, what follows them exposed."""
-    n, timeline = plan.accumulation, run.timeline
-    talking = sum(timeline.busy[stream] for stream in ("intra", "inter"))
-    exposed = sum(timeline.exposed.values())
+    weights = ((run.timeline, plan.accumulation - 1), (run.last, 1))
+    talking = sum(n * timeline.busy[stream] for timeline, n in weights for stream in ("intra", "inter"))
+    exposed = sum(n * sum(timeline.exposed.values()) for timeline, n in weights)
     return Line(
         name,
-        run.step_seconds(n),
-        n * timeline.busy["compute"] + run.update_seconds,
-        n * talking + run.replica_seconds,
-        n * max(0.0, talking - exposed),
+        run.step_seconds(plan.accumulation),
+        sum(n * timeline.busy["compute"] for timeline, n in weights) + run.update_seconds,
+        talking + run.replica_seconds,
+        max(0.0, talking - exposed),
         run.peak_bytes,
         run.nodes,
         seconds,

@@ -32,7 +32,7 @@ class StepOptions:
     @property
     def sums_inside(self) -> bool:
         """Whether gradients are summed over replicas beside the backward of the last micro-step."""
-        return self.stack.overlap_gradients or (self.overlap.replica_sums and not self.accumulates)
+        return self.stack.overlap_gradients or self.overlap.replica_sums
 
     @property
     def moment_bytes(self) -> int:

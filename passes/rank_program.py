@@ -140,15 +140,8 @@ class RankProgram:
 
     def copy(self) -> RankProgram:
         """A program whose graph may be changed without changing this one's."""
-        graph = fx.Graph()
-        memo: dict[fx.Node, fx.Node] = {}
-        output = graph.graph_copy(self.gm.graph, memo)
-        graph.output(output)
-        for old, new in memo.items():
-            new.meta = copy.copy(old.meta)
-        module = fx.GraphModule(self.gm, graph)
         return replace(
-            self, gm=module, params=dict(self.params), inputs=dict(self.inputs), notes=list(self.notes),
+            self, gm=copied(self.gm), params=dict(self.params), inputs=dict(self.inputs), notes=list(self.notes),
             groups=set(self.groups), log=list(self.log), aligned=dict(self.aligned), bound=dict(self.bound),
         )  # fmt: skip
 
@@ -157,6 +150,17 @@ class RankProgram:
         """Put the names of process groups in the place of axes strings, in place. names: by axes string."""
         bind_groups(self.gm, names)
         self.bound |= names
+
+
+def copied(gm: fx.GraphModule) -> fx.GraphModule:
+    """The same graph, with metadata of its own, on the same submodules."""
+    graph = fx.Graph()
+    memo: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(gm.graph, memo)
+    graph.output(output)
+    for old, new in memo.items():
+        new.meta = copy.copy(old.meta)
+    return fx.GraphModule(gm, graph)
 
 
 def check_alignment(program: RankProgram, values: Mapping[str, torch.Tensor]) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from omnicompile.capture.classify import HEAVY, is_view
+from omnicompile.passes.accumulate import is_kept
 from omnicompile.passes.liveness import storage_of
 from omnicompile.passes.rank_program import GROUP_PREFIX, ParamSpec
 
@@ -37,7 +38,8 @@ def sum_over_replicas_pass(
     - They are summed in place, in the memory that they are in: a gradient that shares it with anything is copied first.
 
     Safe: nothing but the output reads a gradient; every rank runs the same graph. Right only where these gradients are
-    the whole sum over micro-steps, so it is for steps without accumulation. Runs last, after `overlap_pass`.
+    the whole sum over micro-steps: in the only micro-step, or the last after `accumulate_pass`. Runs after
+    `overlap_pass`.
     """
     output = gm.graph.output_node()
     results = output.args[0]
@@ -122,7 +124,8 @@ def _own(graph: fx.Graph, gradient: fx.Node) -> fx.Node:
         alone = len(node.users) == 1
     value = gradient.meta["val"]
     assert isinstance(value, Tensor)
-    if alone and len(gradient.users) == 1 and storage_of(gradient).op == "call_function" and value.is_contiguous():
+    own = storage_of(gradient)
+    if alone and len(gradient.users) == 1 and (own.op == "call_function" or is_kept(own)) and value.is_contiguous():
         return gradient
     copy = graph.call_function(torch.ops.aten.clone.default, (gradient,), {"memory_format": torch.contiguous_format})
     copy.meta = {**gradient.meta, "val": torch.empty_like(value, memory_format=torch.contiguous_format)}

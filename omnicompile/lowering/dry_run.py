@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, fx, nn
 
@@ -19,12 +19,12 @@ from omnicompile.cost_model.schedule import COMPUTE, Loop, Schedule, Task
 from omnicompile.cost_model.step_model import OPTIMIZER_BYTES
 from omnicompile.cost_model.timeline import Timeline, simulate
 from omnicompile.lowering.full_size import full_program
-from omnicompile.lowering.step_graph import trace_step
-from omnicompile.lowering.step_prices import Prices, counted, in_registers, kernels
+from omnicompile.lowering.step_graph import FIRST, LAST, ONLY, finish_step, schedule_step
+from omnicompile.lowering.step_prices import Kernel, Prices, counted, in_registers, kernels
 from omnicompile.lowering.tiny import Batch
 from omnicompile.passes import lower_forward
 from omnicompile.passes.liveness import balanced_rows, peak_bytes, tensor_bytes
-from omnicompile.passes.rank_program import RankProgram
+from omnicompile.passes.rank_program import RankProgram, copied
 from omnicompile.plan import Plan
 
 _ADAM_STATES = 2
@@ -33,9 +33,9 @@ _ADAM_STATES = 2
 @dataclass(frozen=True)
 class DryRun:
     """Of one rank. peak_bytes: parameters and gradients included, without optimizer_bytes (of Adam, on the device).
-    holders: what is alive at the peak beside parameters, by node, in bytes. collectives: of a micro-step, (kind, axes)
-    -> (number, bytes). timeline: of a micro-step. replica_seconds, update_seconds: after the last one, the sum of
-    gradients over replicas and the optimizer."""
+    holders: what is alive at the peak beside parameters, by node, in bytes. collectives: of the last micro-step,
+    (kind, axes) -> (number, bytes). timeline: of a micro-step; last: of the last one. replica_seconds, update_seconds:
+    after it, the sum of gradients over replicas and the optimizer. nodes, kernels, peak: of the last one."""
 
     nodes: int
     kernels: int
@@ -46,6 +46,7 @@ class DryRun:
     optimizer_bytes: int
     collectives: dict[tuple[str, str], tuple[int, int]]
     timeline: Timeline
+    last: Timeline
     replica_seconds: float
     update_seconds: float
 
@@ -56,7 +57,7 @@ class DryRun:
 
     def step_seconds(self, accumulation: int) -> float:
         """Of an optimizer step."""
-        return accumulation * self.seconds + self.replica_seconds + self.update_seconds
+        return (accumulation - 1) * self.seconds + self.last.seconds + self.replica_seconds + self.update_seconds
 
 
 def dry_run(model: nn.Module, batch: Batch, plan: Plan) -> DryRun:
@@ -69,8 +70,10 @@ def dry_run_program(
     program: RankProgram, host: Mapping[str, Tensor], cluster: Cluster, accumulation: int = 1
 ) -> DryRun:
     """program: lowered, groups not bound. host: metadata by placeholder, for the lengths of attention's segments.
-    accumulation: micro-steps; of several, the sum over replicas follows the last."""
-    step = trace_step(program, last=accumulation == 1)
+    accumulation: micro-steps, each but the first adding to the gradients of those before it."""
+    scheduled = schedule_step(program)
+    micro = replace(scheduled, gm=copied(scheduled.gm)) if accumulation > 1 else scheduled
+    step = finish_step(program, scheduled, LAST if accumulation > 1 else ONLY)
     gm = step.gm
     rows = balanced_rows(gm.graph)
     found = kernels(gm)
@@ -78,7 +81,11 @@ def dry_run_program(
     states = {n.name: tensor_bytes(n.meta["val"], rows) for n in gm.graph.find_nodes(op="placeholder")}
     trained = {name: _master_bytes(program, name) for name, spec in program.params.items() if spec.trainable}
     prices = Prices(program.mesh, cluster, host, rows)
-    tasks = prices.tasks(gm.graph, found)
+    last = _timeline(gm, found, prices)
+    timeline = last
+    if accumulation > 1:
+        micro = finish_step(program, micro, FIRST)
+        timeline = _timeline(micro.gm, kernels(micro.gm), prices)
     return DryRun(
         nodes=len(gm.graph.nodes),
         kernels=len(found),
@@ -88,10 +95,16 @@ def dry_run_program(
         parameter_bytes=sum(states[name] for name in program.params),
         optimizer_bytes=0 if program.compute_weights else _ADAM_STATES * sum(trained.values()),
         collectives=counted(gm.graph, rows),
-        timeline=simulate(Schedule((Loop("step", tuple(_contending(tasks, gm.graph, prices)), 1),))),
+        timeline=timeline,
+        last=last,
         replica_seconds=_replicas(program, {n: b for n, b in trained.items() if n not in step.summed}, prices),
         update_seconds=_update(program, trained, prices),
     )
+
+
+def _timeline(gm: fx.GraphModule, found: list[Kernel], prices: Prices) -> Timeline:
+    tasks = _contending(prices.tasks(gm.graph, found), gm.graph, prices)
+    return simulate(Schedule((Loop("step", tuple(tasks), 1),)))
 
 
 def _contending(tasks: list[Task], graph: fx.Graph, prices: Prices) -> list[Task]:

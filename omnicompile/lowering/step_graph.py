@@ -9,7 +9,7 @@ parameters are gathered again for the backward instead of being kept from the fo
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
@@ -18,6 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from omnicompile.cluster import Cluster
 from omnicompile.errors import LoweringError
 from omnicompile.lowering.step_prices import ExchangeClock
+from omnicompile.passes.accumulate import accumulate_pass
 from omnicompile.passes.async_ulysses import schedule_exchanges_pass
 from omnicompile.passes.compute_weights import compute_weights_pass
 from omnicompile.passes.liveness import balanced_rows
@@ -47,6 +48,22 @@ class StepGraph:
     gathers: int = 0
     recomputed: int = 0
     summed: frozenset[str] = frozenset()  # placeholders whose gradients are summed over replicas in the graph
+    kept: tuple[str, ...] = ()  # placeholders for gradients of earlier micro-steps, in the order of `gradients`
+
+
+@dataclass(frozen=True)
+class StepKind:
+    """Which micro-step of an optimizer step a graph is for. accumulates: it takes the gradients of those before it and
+    gives the sums. last: these are the whole gradients, which are summed over replicas too if the plan says so."""
+
+    accumulates: bool = False
+    last: bool = False
+
+
+FIRST = StepKind()
+ONLY = StepKind(last=True)
+NEXT = StepKind(accumulates=True)
+LAST = StepKind(accumulates=True, last=True)
 
 
 class _MarkForward(fx.Interpreter):
@@ -62,14 +79,17 @@ class _MarkForward(fx.Interpreter):
         return result
 
 
-def trace_step(program: RankProgram, last: bool = False) -> StepGraph:
+def trace_step(program: RankProgram, kind: StepKind = FIRST) -> StepGraph:
     """Trace the forward's loss (its first output), its gradients, and what else the forward gives out. Groups may be
     bound or not.
 
-    last: for a step without accumulation, where gradients may be summed over replicas too, if the plan says so.
-
     Raises LoweringError naming a trained parameter that gets no gradient although the forward uses it.
     """
+    return finish_step(program, schedule_step(program), kind)
+
+
+def schedule_step(program: RankProgram) -> StepGraph:
+    """What all kinds of step have in common, collectives in their places."""
     forward = program.gm
     nodes = list(forward.graph.find_nodes(op="placeholder"))
     mode = new_fake_mode()
@@ -100,13 +120,20 @@ def trace_step(program: RankProgram, last: bool = False) -> StepGraph:
         schedule_exchanges_pass(gm, gradients, clock)
     overlap_pass(gm, gradients, program.overlap.prefetch)
     no_ops_pass(gm)
+    return StepGraph(gm, gradients, gathers, recomputed)
+
+
+def finish_step(program: RankProgram, step: StepGraph, kind: StepKind) -> StepGraph:
+    """The step of this kind. Changes the graph of `step`."""
+    gm, gradients = step.gm, step.gradients
+    kept = accumulate_pass(gm, gradients) if kind.accumulates else ()
     summed: set[str] = set()
-    if last and program.overlap.replica_sums:
+    if kind.last and program.overlap.replica_sums:
         summed = sum_over_replicas_pass(gm, gradients, program.params, program.bound)
     if program.compute_weights and program.param_dtype is not None:
         compute_weights_pass(gm, program.params, program.param_dtype)
     offload_pass(gm, program.blocks, program.params)
-    return StepGraph(gm, gradients, gathers, recomputed, frozenset(summed))
+    return replace(step, summed=frozenset(summed), kept=kept)
 
 
 def _local_fake(program: RankProgram, node: fx.Node, mode: FakeTensorMode) -> Tensor:

@@ -105,8 +105,6 @@ def _pointless(name: str, plan: Plan, model: StepModel) -> str:
     shared = plan.mesh.world > 1 and any(block.sharding is not Sharding.FSDP for block in plan.blocks.values())
     if name == "replica_sums" and not (shared or plan.mesh.dp_replicate > 1):
         return "no parameters with replicas"
-    if name == "replica_sums" and plan.accumulation > 1:
-        return "gradients are summed over micro-steps first"
     return ""
 
 

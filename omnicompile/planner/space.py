@@ -102,7 +102,7 @@ class Space:
     def _overlaps(self, mesh: Mesh, accumulation: int) -> list[Overlap]:
         """Ways to overlap that may differ in time on this mesh, finer ones (`refine`) left out; pinned ones always."""
         choices: dict[str, tuple[Any, ...]] = {
-            "replica_sums": (False, True) if mesh.world > 1 and accumulation == 1 else (False,),
+            "replica_sums": (False, True) if mesh.world > 1 else (False,),
         }
         choices |= {name: (value,) for name, value in self.pins.overlap.items()}
         pinned = Overlap(**self.pins.overlap)

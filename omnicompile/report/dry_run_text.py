@@ -22,8 +22,9 @@ def dry_run_text(run: DryRun, plan: Plan) -> str:
         time = f" ({_beside(seconds, expected)} than the plan's {seconds_text(expected)})"
     lines.append(f"  memory       {bytes_text(total)}{memory}, the peak at {run.peak_at}")
     lines.append(f"  step         {seconds_text(seconds)}{time}")
+    which = "a micro-step" if plan.accumulation == 1 else "the last micro-step"
     for (kind, axes), (number, nbytes) in sorted(run.collectives.items()):
-        lines.append(f"  {kind:<14} {number:>5} over {axes}, {bytes_text(nbytes)} a micro-step")
+        lines.append(f"  {kind:<14} {number:>5} over {axes}, {bytes_text(nbytes)} {which}")
     for kind, waiting in sorted(run.timeline.exposed.items(), key=lambda item: -item[1]):
         lines.append(f"  waiting      {seconds_text(waiting)} for {kind} a micro-step")
     return "\n".join(lines)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from omnicompile.lowering.regions import compile_regions
-from omnicompile.lowering.step_graph import trace_step
+from omnicompile.lowering.step_graph import StepKind, trace_step
 from omnicompile.passes.dropout import expand_dropout
 from omnicompile.passes.rank_program import RankProgram
 from omnicompile.torch_compat import CompilerBackend, compiler_backend
@@ -20,8 +20,9 @@ Function = Callable[..., tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class StepFunction:
-    """run: forward and backward as a function of the forward's placeholders. gradients: placeholders whose gradients
-    follow the loss in what it gives. summed: those of them that are summed over replicas already."""
+    """run: forward and backward as a function of the forward's placeholders, and where the kind accumulates, of the
+    gradients of earlier micro-steps. gradients: placeholders whose gradients follow the loss in what it gives. summed:
+    those of them that are summed over replicas already."""
 
     run: Function
     gradients: tuple[str, ...]
@@ -55,10 +56,10 @@ def move_to(gm: fx.GraphModule, device: torch.device) -> fx.GraphModule:
 
 
 def step_with(
-    compile: Compile, device: torch.device, made: Compilations, program: RankProgram, last: bool
+    compile: Compile, device: torch.device, made: Compilations, program: RankProgram, kind: StepKind
 ) -> StepFunction:
-    """The step graph of `program` on `device`. last: for a step without accumulation, see `trace_step`."""
-    step = trace_step(program, last)
+    """The step graph of `program` on `device`."""
+    step = trace_step(program, kind)
     return StepFunction(compile(move_to(step.gm, device), made), step.gradients, step.summed)
 
 
@@ -94,7 +95,7 @@ class Backend:
     """compile: of the forward. make_step: of forward and backward as one graph; None: autograd does the backward."""
 
     compile: Compile
-    make_step: Callable[[torch.device, Compilations, RankProgram, bool], StepFunction] | None = None
+    make_step: Callable[[torch.device, Compilations, RankProgram, StepKind], StepFunction] | None = None
 
 
 BACKENDS: Mapping[str, Backend] = {

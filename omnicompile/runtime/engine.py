@@ -23,6 +23,7 @@ from omnicompile.lowering.driver import (
 )
 from omnicompile.lowering.graph_capture import LOSS_PART, CapturedForward, LoweredInputs, capture_forward
 from omnicompile.lowering.host_program import is_host_input
+from omnicompile.lowering.step_graph import StepKind
 from omnicompile.passes.chunked_loss import has_chunked_loss
 from omnicompile.passes.placement import Partial, Replicate, Shard
 from omnicompile.passes.rank_program import DATA_AXES, ParamSpec, RankProgram
@@ -51,51 +52,81 @@ class Capture:
         return () if self.targets is None else self.targets.counts(values)
 
 
+@dataclass(frozen=True)
+class StepResult:
+    """What a step graph gave. outputs: the forward's. gradients: of local shards, by the model's names. summed: those
+    that are summed over replicas. accumulated: gradients of earlier micro-steps are in them."""
+
+    outputs: tuple[Tensor, ...]
+    gradients: dict[str, Tensor]
+    summed: frozenset[str]
+    accumulated: bool
+
+
 @dataclass
 class LoadedProgram:
     """A lowered forward with its groups bound, on its device. order: placeholders; fixed: those that never change.
 
-    forward: the forward alone. step: forward and backward in one graph, made when first asked for; None where the
-    backend leaves the backward to autograd. parts: names of the losses that the outputs after the first are.
+    forward: the forward alone. make_step: of forward and backward in one graph, called when a kind of it is first
+    needed; None where the backend leaves the backward to autograd. parts: names of the losses that the outputs after
+    the first are.
     """
 
     program: RankProgram
     order: tuple[str, ...]
     fixed: dict[str, Tensor]
     forward: Function
-    make_step: Callable[[RankProgram, bool], StepFunction] | None = None
+    make_step: Callable[[RankProgram, StepKind], StepFunction] | None = None
     parts: tuple[str, ...] = ()
-    _steps: dict[bool, StepFunction] = field(default_factory=dict)
+    _steps: dict[StepKind, StepFunction] = field(default_factory=dict)
 
     def run(self, values: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """The forward's outputs. values: by placeholder; params: local shards by the model's names."""
         return self.forward(*self._arguments(values, params))
 
-    def summed(self, last: bool) -> frozenset[str]:
-        """Parameters whose gradients `step` gives summed over replicas."""
-        step = self._steps.get(self._sums(last))
-        return frozenset() if step is None else frozenset(self.program.params[p].name for p in step.summed)
-
-    def _sums(self, last: bool) -> bool:
-        """Whether the step's graph is one with sums over replicas; without any there is a single graph."""
-        wanted = last and self.program.overlap.replica_sums
-        return wanted and any(spec.reduce_axes for spec in self.program.params.values())
-
     def step(
-        self, values: Mapping[str, Tensor], params: Mapping[str, Tensor], last: bool = False
-    ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]] | None:
-        """The forward's outputs, and gradients of local shards by the model's names; None if there is no step graph.
-        last: these are the whole gradients of an optimizer step, so they may be summed over replicas."""
+        self,
+        values: Mapping[str, Tensor],
+        params: Mapping[str, Tensor],
+        last: bool = False,
+        kept: dict[str, Tensor] | None = None,
+        shares: bool = False,
+    ) -> StepResult | None:
+        """Forward and backward; None if there is no step graph.
+
+        last: no micro-step of this optimizer step follows. kept: gradients of those before it, by the model's names.
+        shares: every micro-step's loss is its share of the step's, so its gradients may be added to what is kept, which
+        is then taken out, written to and given back as part of the sums.
+        """
         if self.make_step is None:
             return None
-        sums = self._sums(last)
-        if sums not in self._steps:
-            self._steps[sums] = self.make_step(self.program, sums)
-        placeholders = self._steps[sums].gradients
+        kept = {} if kept is None else kept
+        accumulates = shares and bool(kept) and self._has_all(kept)
+        kind = StepKind(accumulates, last and self._sums and (accumulates or not kept))
+        if kind not in self._steps:
+            self._steps[kind] = self.make_step(self.program, kind)
+        step, names = self._steps[kind], self._steps[kind].gradients
+        arguments = self._arguments(values, params)
+        if accumulates:
+            arguments += [kept.pop(self._name(placeholder)) for placeholder in names]
         with torch.no_grad():
-            loss, *rest = self._steps[sums].run(*self._arguments(values, params))
-        grads, others = rest[: len(placeholders)], rest[len(placeholders) :]
-        return (loss, *others), {self.program.params[p].name: grad for p, grad in zip(placeholders, grads)}
+            loss, *rest = step.run(*arguments)
+        gradients = {self._name(placeholder): gradient for placeholder, gradient in zip(names, rest)}
+        summed = frozenset(map(self._name, step.summed))
+        return StepResult((loss, *rest[len(names) :]), gradients, summed, accumulates)
+
+    @property
+    def _sums(self) -> bool:
+        """Whether steps with sums over replicas have graphs of their own."""
+        return self.program.overlap.replica_sums and any(spec.reduce_axes for spec in self.program.params.values())
+
+    def _has_all(self, kept: Mapping[str, Tensor]) -> bool:
+        """Whether there is one for each gradient that this program has: an earlier micro-step was one of it."""
+        earlier = next(iter(self._steps.values()), None)
+        return earlier is not None and all(self._name(placeholder) in kept for placeholder in earlier.gradients)
+
+    def _name(self, placeholder: str) -> str:
+        return self.program.params[placeholder].name
 
     def _arguments(self, values: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> list[Tensor]:
         specs = self.program.params

@@ -28,8 +28,6 @@ from omnicompile.runtime.parameters import ParameterStore
 class HostStore(ParameterStore):
     """Master shards in host memory by model name, and compute weights made of them. compute: their dtype."""
 
-    adds_up = True
-
     def __init__(self, mesh: RuntimeMesh, specs: Mapping[str, ParamSpec], compute: torch.dtype) -> None:
         super().__init__(mesh, specs)
         self.home = torch.device("cpu")

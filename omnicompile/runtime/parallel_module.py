@@ -67,6 +67,7 @@ class _Call:
     window: Window
     losses: dict[str, Tensor] = field(default_factory=dict)
     summed: frozenset[str] = frozenset()  # parameters whose gradients the step has summed over replicas
+    accumulated: bool = False  # gradients of earlier micro-steps are in those of this one
 
 
 class _Step(torch.autograd.Function):
@@ -76,16 +77,16 @@ class _Step(torch.autograd.Function):
     def forward(ctx: Any, call: _Call, *params: Tensor) -> Tensor:
         shards = {name: value.detach() for name, value in call.module.store.weights().items()}
         ctx.call, ctx.local, ctx.leaves, ctx.grads = call, None, (), None
-        last = call.window.last and not call.module._pending
-        done = call.loaded.step(call.values, shards, last)
-        call.summed = call.loaded.summed(last)
+        window = call.window
+        done = call.loaded.step(call.values, shards, window.last, call.module._pending, window.targets is not None)
         if done is None:
             leaves = {name: p.requires_grad_(q.requires_grad) for (name, p), q in zip(shards.items(), params)}
             with torch.enable_grad():
                 outputs = call.loaded.run(call.values, leaves)
             ctx.local, ctx.leaves = outputs[0], tuple(leaves.values())
         else:
-            outputs, ctx.grads = done
+            outputs, ctx.grads = done.outputs, done.gradients
+            call.summed, call.accumulated = done.summed, done.accumulated
         loss, call.losses = call.module.engine.reduce_losses(call.loaded, outputs)
         return loss
 
@@ -95,6 +96,8 @@ class _Step(torch.autograd.Function):
         if ctx.grads is None and ctx.local is None:
             raise RuntimeError("backward a second time: the graph's tensors have been freed")
         with module._watch.guard("the backward"):
+            if ctx.call.window.targets is not None:
+                module.check_scale(seed, ctx.call)
             complete = module.reduce_gradients(_gradients(ctx, seed), ctx.call.window, ctx.call.summed)
             return None, *module.store.give_out(complete)
 
@@ -106,6 +109,8 @@ def _gradients(ctx: Any, seed: Tensor) -> list[Tensor | None]:
         trained = {name: leaf for name, leaf in zip(store.local, ctx.leaves) if leaf.requires_grad}
         found = torch.autograd.grad(ctx.local, list(trained.values()), seed.to(ctx.local.dtype), allow_unused=True)
         grads: dict[str, Tensor | None] = dict(zip(trained, found))
+    elif ctx.call.accumulated:  # the seed is 1
+        grads = ctx.grads
     else:
         grads = {name: grad.mul_(seed.to(grad.dtype)) for name, grad in ctx.grads.items()}
     ctx.local = ctx.grads = None
@@ -130,7 +135,8 @@ class ParallelModule(nn.Module):
         self._watch = engine.mesh.watch
         self._state = State.of(engine.model, self.store, engine.buffers)
         self._window = Window()
-        self._pending: dict[str, Tensor] = {}
+        self._pending: dict[str, Tensor] = {}  # gradients of the window's micro-steps so far
+        self._scales: list[Tensor] = []  # of losses whose gradients were added up in the step
 
     @property
     def compilations(self) -> int:
@@ -232,12 +238,25 @@ class ParallelModule(nn.Module):
         finally:
             self._window = before
 
+    def check_scale(self, seed: Tensor, call: _Call) -> None:
+        """Losses of a window with `targets` are not to be scaled where gradients are added up in the graph. Looked at
+        in the last micro-step, before any gradient is given out: to read it a GPU's host waits for the device."""
+        if call.accumulated:
+            self._scales.append(seed)
+        if call.window.last and self._scales:
+            scales, self._scales = torch.stack(self._scales), []
+            if bool((scales != 1).any()):
+                raise InputError(
+                    "a micro-step's loss was scaled before backward(), but `targets` makes each its share of the "
+                    "window's loss already: call output.loss.backward(), or accumulate without `targets`"
+                )
+
     def reduce_gradients(
         self, grads: list[Tensor | None], window: Window, summed: frozenset[str] = frozenset()
     ) -> list[Tensor | None]:
         """Sum gradients over the ranks that hold the same shard; before the last micro-step they are kept instead.
-        summed: parameters of which the step's graph has done it, as there was nothing kept before it."""
-        if summed and self._pending:
+        summed: parameters of which the step's graph has done it, micro-steps before it included."""
+        if not summed.isdisjoint(self._pending):
             raise InputError(
                 "a forward of the last micro-step ran before the backward of an earlier one: call backward() of each "
                 "micro-step before the next forward, or plan with overlap.replica_sums off"
@@ -245,19 +264,18 @@ class ParallelModule(nn.Module):
         result: list[Tensor | None] = []
         wanted: dict[tuple[tuple[str, ...], torch.dtype], list[Tensor]] = {}
         for (name, spec), grad in zip(self.store.specs.items(), grads):
-            if grad is None or not (spec.reduce_axes or self.store.adds_up):
-                result.append(grad)
-                continue
             kept = self._pending.pop(name, None)
-            grad = grad if kept is None else grad + kept
-            if window.last and spec.reduce_axes and name not in summed:
-                grad = grad.contiguous()
-                wanted.setdefault((spec.reduce_axes, grad.dtype), []).append(grad)
-            elif not window.last:
-                self._pending[name] = grad
-            result.append(grad if window.last else None)
+            total = grad if kept is None else kept if grad is None else kept + grad
+            if total is not None and not window.last:
+                self._pending[name] = total
+            elif total is not None and spec.reduce_axes and name not in summed:
+                total = total.contiguous()
+                wanted.setdefault((spec.reduce_axes, total.dtype), []).append(total)
+            result.append(total if window.last else None)
         for (axes, _), tensors in wanted.items():
             self._all_reduce(axes, tensors)
+        if not window.last:
+            separate(self._pending)
         return result
 
     def _all_reduce(self, axes: tuple[str, ...], tensors: list[Tensor]) -> None:
@@ -308,6 +326,21 @@ class ParallelModule(nn.Module):
         """The whole gradient of a parameter on every rank (a collective); for checks at small sizes."""
         grad = self.store.local[name].grad
         return None if grad is None else self.store.full(name, grad)
+
+
+def separate(kept: dict[str, Tensor]) -> None:
+    """Give each of these memory of its own, in which it can be added to: what has none (the gradient of two parameters,
+    a number that stands for many) is copied."""
+    seen: set[int] = set()
+    for name, value in kept.items():
+        if value.data_ptr() in seen or not is_dense(value):
+            kept[name] = value.clone(memory_format=torch.contiguous_format)
+        seen.add(kept[name].data_ptr())
+
+
+def is_dense(value: Tensor) -> bool:
+    """Whether every element has its own place, without gaps."""
+    return bool(torch.ops.aten.is_non_overlapping_and_dense.default(value))
 
 
 def to_host(batch: Mapping[str, Any]) -> dict[str, Any]:

@@ -35,10 +35,7 @@ def add_parameter(root: nn.Module, name: str, parameter: nn.Parameter) -> None:
 
 
 class ParameterStore:
-    """Local shards by model name, with their specs: what the optimizer sees. home: where they are. adds_up: gradients
-    of micro-steps are added up on the device before they are given out."""
-
-    adds_up = False
+    """Local shards by model name, with their specs: what the optimizer sees. home: where they are."""
 
     def __init__(self, mesh: RuntimeMesh, specs: Mapping[str, ParamSpec]) -> None:
         self.mesh = mesh
@@ -63,12 +60,15 @@ class ParameterStore:
             parts[shard.dim] = slice(start, min(start + chunk, now.stop))
         return tuple(parts)
 
-    def take(self, name: str, part: Tensor) -> None:
-        """Store `part`, what `part_of` says of the whole tensor, as this rank's shard."""
-        spec = self.specs[name]
-        shard = self.new_shard(spec)
-        shard[tuple(slice(0, size) for size in part.shape)] = part.detach().to(self.home)
-        self.local[name] = nn.Parameter(shard, requires_grad=spec.trainable)
+    def take(self, name: str, value: Tensor, within: tuple[slice, ...] | None = None) -> None:
+        """Store what `part_of` says of the whole tensor as this rank's shard, or a piece of it. within: where in that
+        part the piece is."""
+        if name not in self.local:
+            spec = self.specs[name]
+            self.local[name] = nn.Parameter(self.new_shard(spec), requires_grad=spec.trainable)
+        place = tuple(slice(0, size) for size in value.shape) if within is None else within
+        with torch.no_grad():
+            self.local[name][place] = value.detach().to(self.home)
 
     def new_shard(self, spec: ParamSpec) -> Tensor:
         """Zeros, where shards are stored."""
