@@ -13,6 +13,7 @@ from omnicompile.errors import InputError, PlanError
 
 if TYPE_CHECKING:
     from omnicompile.plan import Plan
+    from omnicompile.train.options import TrainOptions
 
 HELP = "write a recipe as the configuration of VeOmni, torchtitan, accelerate or Megatron-LM"
 EXAMPLES = """\
@@ -43,7 +44,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.out is not None:
         check_target(args.out, "--out")
-    export = export_plan(_plan(args.recipe), args.to)
+    plan, options = _plan(args.recipe)
+    export = export_plan(plan, args.to, options)
     if args.strict and export.lost:
         raise PlanError(f"--strict: {args.to} does not hold the plan: {'; '.join(lost_lines(export.lost))}")
     if args.out is not None:
@@ -58,14 +60,17 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _plan(recipe: str) -> Plan:
-    """The plan of a file, or of a recipe of the zoo."""
-    from omnicompile.recipe import load_recipe
+def _plan(recipe: str) -> tuple[Plan, TrainOptions | None]:
+    """The plan of a file, or of a recipe of the zoo; and the training options that the file has, if any."""
+    from omnicompile.recipe import load_recipe, read_yaml
     from omnicompile.recipes import find
+    from omnicompile.train.settings import SECTION, load_options
 
     if Path(recipe).exists() or recipe.endswith((".yaml", ".yml")) or "/" in recipe:
-        return load_recipe(recipe)
+        plan = load_recipe(recipe)
+        has_options = SECTION in read_yaml(recipe, "recipe")[0]
+        return plan, load_options(recipe) if has_options else None
     try:
-        return find(recipe).load()
+        return find(recipe).load(), None
     except InputError as error:
         raise InputError(f"there is no file {recipe}, and {error}") from error

@@ -26,6 +26,7 @@ from omnicompile.export.rules import (
     resharding,
     sharding,
 )
+from omnicompile.export.training import all_options
 from omnicompile.plan import LossHead, Plan
 from omnicompile.recompute import Recompute
 
@@ -171,6 +172,9 @@ TARGET = Target(
         "step.param_dtype": _precision,
         "step.reduce_dtype": _reduce,
         **overlap(TITLE, lambda plan, choice: mapped(why="FSDP2 and DDP do so")),
+        **all_options(never("stands in the training script")),
+        "train.clip": never("stands in the training script: accelerator.clip_grad_norm_(parameters, {value})"),
+        "train.seed": never("stands in the training script: accelerate.utils.set_seed({value})"),
     },
     fixed=lambda plan: {"compute_environment": "LOCAL_MACHINE", "main_training_function": "main", "use_cpu": False},
     to_set=(

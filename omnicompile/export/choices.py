@@ -7,17 +7,19 @@ from typing import Any
 
 from omnicompile.plan import BlockPlan, Mesh, Plan, Sharding
 from omnicompile.recipe import STEP_FIELDS
+from omnicompile.train.options import TrainOptions
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One choice. section: machine, sample, mesh, block, step, or a section of the plan for what is seldom changed.
-    block: of which block, for section "block"."""
+    """One choice. section: machine, sample, mesh, block, step, train, or one of the plan for what is seldom changed.
+    block: of which block, for section "block". options: all training options, for section "train"."""
 
     section: str
     name: str
     value: Any
     block: str = ""
+    options: TrainOptions | None = None
 
     @property
     def rule(self) -> str:

@@ -10,6 +10,7 @@ import shlex
 from typing import Any
 
 from omnicompile.export.choices import Choice, main_block, torchrun
+from omnicompile.export.megatron_training import RULES
 from omnicompile.export.report import Keys, Said, approximated, mapped, refused
 from omnicompile.export.rules import Rule, Target, block_degree, key, keys, layout, of_main, only, overlap, same
 from omnicompile.plan import LossHead, Plan, Sharding
@@ -178,13 +179,15 @@ TARGET = Target(
         "stack.expert_tp": keys(_experts),
         "stack.overlap_gradients": keys(_overlap),
         **overlap(TITLE, key("--overlap-grad-reduce")),
+        **RULES,
     },
     fixed=lambda plan: {},
     to_set=(
         "sizes of the model, one of its own",
-        "data, tokenizer and optimizer",
+        "data and tokenizer",
         "CUDA_DEVICE_MAX_CONNECTIONS other than 1, with FSDP",
     ),
     write=_write,
     launch=lambda plan: f'source THIS.sh; {torchrun(plan)} pretrain_gpt.py "${{PLAN_ARGS[@]}}" ...',
+    without_train=("optimizer and schedule",),
 )

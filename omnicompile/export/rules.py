@@ -17,8 +17,8 @@ Rule = Callable[[Plan, Choice], Said]
 @dataclass(frozen=True)
 class Target:
     """A framework. title: its name in sentences. version: what its keys are from. rules: by Choice.rule.
-    fixed: keys that do not come from a choice. to_set: what a user has to add. write: keys and comment lines to the
-    file. launch: how it is started."""
+    fixed: keys that do not come from a choice. to_set: what a user has to add; without_train: besides, where the recipe
+    has no training options. write: keys and comment lines to the file. launch: how it is started."""
 
     name: str
     title: str
@@ -28,6 +28,7 @@ class Target:
     to_set: tuple[str, ...]
     write: Callable[[Keys, list[str]], str]
     launch: Callable[[Plan], str]
+    without_train: tuple[str, ...] = ()
 
 
 def key(name: str, convert: Callable[[Any], Any] = lambda value: value) -> Rule:

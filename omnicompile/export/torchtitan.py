@@ -21,6 +21,7 @@ from omnicompile.export.rules import (
     same,
     sharding,
 )
+from omnicompile.export.torchtitan_training import ADAMW, RULES, optimizer_lines
 from omnicompile.plan import LossHead, Plan
 from omnicompile.recompute import Recompute
 
@@ -79,9 +80,11 @@ def _offload_optimizer(plan: Plan, choice: Choice) -> Said:
 
 
 def _write(flat: Keys, header: list[str]) -> str:
-    """The module; `loss` and `activation_checkpoint` are objects, all else plain values."""
-    special = ("loss", "activation_checkpoint")
+    """The module; `loss`, `activation_checkpoint` and the optimizer are objects, all else plain values."""
+    adamw = {name.removeprefix(f"{ADAMW}."): value for name, value in flat.items() if name.startswith(ADAMW)}
+    special = ("loss", "activation_checkpoint", *(f"{ADAMW}.{name}" for name in adamw))
     body = [f"    config.{name} = {value!r}" for name, value in sorted(flat.items()) if name not in special]
+    body += optimizer_lines(adamw) if adamw else []
     policy = flat["activation_checkpoint"]
     body.append(f"    config.activation_checkpoint = {policy}")
     chunked = "isinstance(config.loss, ChunkedLossWrapper.Config)"
@@ -90,6 +93,8 @@ def _write(flat: Keys, header: list[str]) -> str:
     else:
         body += [f"    if {chunked}:", "        config.loss = config.loss.loss_fn"]
     imports, classes = ["from torchtitan.components.loss import ChunkedLossWrapper"], []
+    if adamw:
+        imports.append("from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfig")
     name = policy.partition(".")[0]
     if name == ATTENTION_KEPT:
         imports = ["from dataclasses import dataclass", "", *imports]
@@ -156,12 +161,14 @@ TARGET = Target(
         "step.reduce_dtype": only("float32", "gradients are reduced in float32"),
         "stack.tp_sequence": key(f"{PARALLEL}.enable_sequence_parallel"),
         **overlap(TITLE, lambda plan, choice: mapped(why="FSDP2 and DDP do so")),
+        **RULES,
     },
     fixed=lambda plan: {},
     to_set=(
         "a function in a module of yours that returns configure(C()), C torchtitan's configuration of the model",
-        "data, tokenizer, optimizer and checkpoints in that configuration",
+        "data, tokenizer and checkpoints in that configuration",
     ),
     write=_write,
     launch=lambda plan: f"{torchrun(plan)} -m torchtitan.train --module YOUR.MODULE --config FUNCTION",
+    without_train=("optimizer and schedule in that configuration",),
 )

@@ -15,12 +15,14 @@ from omnicompile.export.rules import (
     keys,
     layout,
     must_be_one,
+    never,
     of_main,
     overlap,
     resharding,
     same,
     sharding,
 )
+from omnicompile.export.veomni_training import RULES
 from omnicompile.plan import LossHead, Plan
 from omnicompile.recompute import Recompute
 
@@ -111,14 +113,17 @@ TARGET = Target(
         "step.param_dtype": key(f"{FSDP}.mixed_precision.param_dtype"),
         "step.reduce_dtype": key(f"{FSDP}.mixed_precision.reduce_dtype"),
         **overlap(TITLE, lambda plan, choice: mapped(why="FSDP2 and DDP do so")),
+        "overlap.exchanges": key(f"{ACCELERATOR}.enable_async"),
+        "overlap.prefetch": never("one layer ahead (fsdp_config.forward_prefetch), not {value}"),
+        **RULES,
     },
     fixed=_fixed,
     to_set=(
         "model.model_path or model.config_path: weights or a configuration of the plan's model",
         "data.train_path",
-        "train.optimizer",
         "train.checkpoint.output_dir",
     ),
     write=_write,
     launch=lambda plan: f"{torchrun(plan)} TASK.py THIS.yaml",
+    without_train=("train.optimizer",),
 )

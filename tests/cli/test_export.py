@@ -61,6 +61,23 @@ def test_strict(run: Any, tmp_path: Path, sample_plans: list[Plan]) -> None:
     assert "All choices of the plan are in it." in out.read_text()
 
 
+def test_training_options_of_the_recipe_go_along(run: Any, recipe: str) -> None:
+    bare = json.loads(run("export", recipe, "--to", "veomni", "--json").out)
+    assert not any(entry["choice"].startswith("train.") for entry in bare["mapped"] + bare["refused"])
+    text = Path(recipe).read_text()
+    Path(recipe).write_text(
+        text + "train: {steps: 40, optimizer: {lr: 2.0e-4}, schedule: {kind: wsd}, accumulation: 2}\n"
+    )
+    outcome = run("export", recipe, "--to", "megatron")
+    assert "--lr 0.0002" in outcome.out and "--lr-wsd-decay-iters 4" in outcome.out
+    view = json.loads(run("export", recipe, "--to", "veomni", "--json").out)
+    assert {"train.schedule.kind"} <= {entry["choice"] for entry in view["refused"]}
+    assert yaml.safe_load(view["text"])["train"]["optimizer"]["lr"] == 2e-4
+    Path(recipe).write_text(text + "train: {stepps: 40}\n")
+    wrong = run("export", recipe, "--to", "megatron")
+    assert wrong.code == 2 and "did you mean steps?" in wrong.err and wrong.err.count("\n") == 1
+
+
 def test_bad_input_is_one_line(run: Any, recipe: str, tmp_path: Path) -> None:
     (tmp_path / "other.yaml").write_text("a: 1\n")
     (tmp_path / "part.yaml").write_text("omnicompile_recipe: 1\nmesh: {sp: 4}\n")

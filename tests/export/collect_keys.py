@@ -26,10 +26,19 @@ def veomni(root: Path) -> dict[str, str]:
 
 
 def torchtitan(root: Path) -> dict[str, str]:
-    """The shared sections that are plain values."""
+    """The shared sections, and those that a component's own class `Config` describes."""
     classes = _classes(root / "torchtitan/config/configs.py")
-    sections = {"training": "TrainingConfig", "parallelism": "ParallelismConfig"}
-    return {key: kind for section, name in sections.items() for key, kind in _flattened(classes, name, f"{section}.")}
+    sections = {"training": "TrainingConfig", "parallelism": "ParallelismConfig", "debug": "DebugConfig"}
+    found = {key: kind for section, name in sections.items() for key, kind in _flattened(classes, name, f"{section}.")}
+    components = {
+        "lr_scheduler": ("optimizer/lr_scheduler.py", "LRSchedulersContainer"),
+        "checkpoint": ("checkpointer/base.py", "BaseCheckpointManager"),
+        "validator": ("validate.py", "Validator"),
+        "metrics": ("metrics.py", "MetricsProcessor"),
+    }
+    for section, (file, owner) in components.items():
+        found |= {f"{section}.{key}": kind for key, kind in _own_config(root / "torchtitan/components" / file, owner)}
+    return found
 
 
 def megatron(root: Path) -> dict[str, str]:
@@ -75,6 +84,17 @@ def _added(parser: Path) -> Iterator[tuple[str, str]]:
 
 def _classes(file: Path) -> Classes:
     return {node.name: node for node in ast.parse(file.read_text()).body if isinstance(node, ast.ClassDef)}
+
+
+def _own_config(file: Path, owner: str) -> Iterator[tuple[str, str]]:
+    """Fields of the class `Config` inside `owner`, after those of the classes that `owner` inherits from."""
+    classes = _classes(file)
+    for base in classes[owner].bases:
+        if ast.unparse(base) in classes:
+            yield from _own_config(file, ast.unparse(base))
+    inner = (node for node in classes[owner].body if isinstance(node, ast.ClassDef) and node.name == "Config")
+    for node in inner:
+        yield from _fields(node)
 
 
 def _fields(node: ast.ClassDef) -> Iterator[tuple[str, str]]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 from dataclasses import fields, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +11,13 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from target_keys import known, takes
 
 from omnicompile.cluster import Cluster
 from omnicompile.errors import InputError, PlanError
 from omnicompile.export import TARGETS, Export, Outcome, export_plan
 from omnicompile.export.choices import choices_of
+from omnicompile.export.training import option_names
 from omnicompile.export.veomni import nested
 from omnicompile.plan import BlockPlan, Layout, LossHead, Mesh, Overlap, Plan, Sharding, Stack
 from omnicompile.recipe import STEP_FIELDS
@@ -25,7 +25,6 @@ from omnicompile.recipes import Recipe, recipes
 from omnicompile.recompute import Recompute
 from omnicompile.workload import Workload
 
-KEYS = Path(__file__).parents[2] / "omnicompile" / "export" / "keys"
 POWERS = st.sampled_from((1, 2, 4))
 BLOCKS = st.builds(
     BlockPlan,
@@ -35,24 +34,6 @@ BLOCKS = st.builds(
     reshard=st.booleans(),
     frozen=st.booleans(),
 )
-
-
-@cache
-def known(target: str) -> dict[str, Any]:
-    data = yaml.safe_load((KEYS / f"{target}.yaml").read_text())
-    return data if isinstance(data, dict) else {}
-
-
-def takes(annotation: str, value: Any) -> bool:
-    """Whether a value is of an annotated type, as the target's source writes it."""
-    text = re.sub(r"Optional\[(.*)\]$", r"\1", annotation.replace(" | None", ""))
-    if text.startswith("Literal"):
-        return value in yaml.safe_load(text.removeprefix("Literal"))
-    if text.lower().startswith("list"):
-        item = text[5:-1]
-        return all(takes(item, entry) for entry in (value if isinstance(value, list) else [value]))
-    kinds = {"int": int, "bool": bool, "str": str, "float": (int, float), "float | int": (int, float)}
-    return isinstance(value, kinds[text]) and (text == "bool" or not isinstance(value, bool))
 
 
 def plan_of(mesh: Mesh, blocks: dict[str, BlockPlan], **more: Any) -> Plan:
@@ -101,7 +82,8 @@ def test_a_target_has_a_rule_for_every_choice_there_is(target: str) -> None:
     wanted |= {f"overlap.{f.name}" for f in fields(Overlap)}
     rules = set(TARGETS[target].rules)
     assert wanted <= rules
-    assert rules - wanted <= {f"stack.{f.name}" for f in fields(Stack)}  # what few plans change is refused by default
+    # What few plans change is refused by default.
+    assert rules - wanted <= {f"stack.{f.name}" for f in fields(Stack)} | {f"train.{name}" for name in option_names()}
 
 
 @pytest.mark.parametrize("target", TARGETS)

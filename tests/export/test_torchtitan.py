@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from omnicompile.cluster import Cluster
-from omnicompile.export import export_plan
+from omnicompile.export import Outcome, export_plan
 from omnicompile.plan import BlockPlan, LossHead, Mesh, Plan, Sharding
 from omnicompile.recompute import Recompute
+from omnicompile.train.options import OptimizerOptions, ScheduleKind, ScheduleOptions, TrainOptions
+from omnicompile.train.schedule import lr_factor
 from omnicompile.workload import Workload
 
 KEYS = Path(__file__).parents[2] / "omnicompile" / "export" / "keys" / "torchtitan.yaml"
@@ -72,7 +75,50 @@ def test_torchtitan_takes_it(recompute: Recompute, head: LossHead, tmp_path: Pat
 def test_the_list_of_keys_is_that_of_the_installed_release() -> None:
     configs = pytest.importorskip("torchtitan.config.configs")
     keys = yaml.safe_load(KEYS.read_text())["keys"]
-    for section, kind in (("training", configs.TrainingConfig), ("parallelism", configs.ParallelismConfig)):
+    from torchtitan.trainer import Trainer
+
+    sections = {"training": configs.TrainingConfig, "parallelism": configs.ParallelismConfig}
+    components = ("debug", "lr_scheduler", "validator", "metrics")
+    sections |= {name: type(getattr(Trainer.Config(), name)) for name in components}
+    for section, kind in sections.items():
         assert {key for key in keys if key.startswith(f"{section}.")} == {
-            f"{section}.{name}" for name in kind.__dataclass_fields__
+            f"{section}.{name}" for name in kind.__dataclass_fields__ if not name.startswith("_")
         }
+
+
+class _Model(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.wq = torch.nn.Linear(4, 4)
+        self.attention_norm = torch.nn.LayerNorm(4)
+
+
+@pytest.mark.parametrize("kind", ScheduleKind)
+@pytest.mark.parametrize("warmup", [0, 4])
+def test_torchtitan_trains_as_the_options_say(kind: ScheduleKind, warmup: int, tmp_path: Path) -> None:
+    pytest.importorskip("torchtitan")
+    options = TrainOptions(
+        steps=20,
+        optimizer=OptimizerOptions(lr=0.02, betas=(0.8, 0.9), weight_decay=0.3),
+        schedule=ScheduleOptions(kind, warmup, 0.1, 6 if kind is ScheduleKind.WSD else None),
+        clip=0.5,
+        seed=7,
+        checkpoint_every=5,
+    )
+    export = export_plan(plan(Recompute.NONE, LossHead.FULL), "torchtitan", options)
+    config = configured(export.text, tmp_path)
+    assert (config.training.steps, config.training.max_norm, config.debug.seed) == (20, 0.5, 7)
+    assert config.checkpoint.enable and config.checkpoint.interval == 5
+    config.optimizer.implementation = "for-loop"
+    optimizers = config.optimizer.build(model_parts=[_Model()])
+    (optimizer,) = optimizers.optimizers
+    by_decay = {group["weight_decay"]: len(group["params"]) for group in optimizer.param_groups}
+    assert by_decay == {0.0: 3, 0.3: 1}  # one matrix; two biases and the weight of a norm
+    assert all(tuple(group["betas"]) == (0.8, 0.9) for group in optimizer.param_groups)
+    schedulers = config.lr_scheduler.build(optimizers=optimizers, training_steps=config.training.steps)
+    warm = {line.choice: line.said.outcome for line in export.lines}["train.schedule.warmup"]
+    for step in range(20):
+        if warm is Outcome.MAPPED or step >= warmup:
+            ours = 0.02 * lr_factor(options.schedule, 20, step)
+            assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([ours, ours]), step
+        schedulers.step()
