@@ -86,13 +86,16 @@ def _cut(graph: fx.Graph, attention: fx.Node, exchange: fx.Node, ranges: list[tu
     ranks = exchange.args[5]
     names = [argument.name for argument in _ATTENTION._schema.arguments]
     parts = []
+    queries, keys = ([pair[i] for pair in ranges] for i in (0, 1))
+    where = {"q": (_HEADS, queries), "k": (_HEADS, keys), "v": (_HEADS, keys), "sinks": (0, queries)}
     with graph.inserting_before(exchange):
-        for queries, keys in ranges:
-            where = {"q": (_HEADS, queries), "k": (_HEADS, keys), "v": (_HEADS, keys), "sinks": (0, queries)}
-            args = [
-                _narrow(graph, value, *where[name]) if name in where and isinstance(value, fx.Node) else value
-                for name, value in zip(names, attention.args)
-            ]
+        pieces = {
+            name: _pieces(graph, value, *where[name])
+            for name, value in zip(names, attention.args)
+            if name in where and isinstance(value, fx.Node)
+        }
+        for i in range(len(ranges)):
+            args = [pieces[name][i] if name in pieces else value for name, value in zip(names, attention.args)]
             part = _call(graph, _ATTENTION, tuple(args), attention)
             result = _call(graph, operator.getitem, (part, 0), exchange)
             parts.append(_call(graph, collectives.all_to_all, (result, *exchange.args[1:]), exchange))
@@ -102,8 +105,13 @@ def _cut(graph: fx.Graph, attention: fx.Node, exchange: fx.Node, ranges: list[tu
     graph.erase_node(exchange)
 
 
-def _narrow(graph: fx.Graph, value: fx.Node, dim: int, where: Range) -> fx.Node:
-    return _call(graph, torch.ops.aten.narrow.default, (value, dim, *where), value)
+def _pieces(graph: fx.Graph, value: fx.Node, dim: int, ranges: list[Range]) -> list[fx.Node]:
+    """By group. What every head of goes to one group is split, so that its gradient is put together in one go."""
+    starts, sizes = [start for start, _ in ranges], [size for _, size in ranges]
+    if starts == [sum(sizes[:i]) for i in range(len(sizes))]:
+        split = _call(graph, torch.ops.aten.split_with_sizes.default, (value, sizes, dim), value)
+        return [_call(graph, operator.getitem, (split, i), value) for i in range(len(sizes))]
+    return [_call(graph, torch.ops.aten.narrow.default, (value, dim, *where), value) for where in ranges]
 
 
 def _call(graph: fx.Graph, target: object, args: tuple[object, ...], like: fx.Node) -> fx.Node:

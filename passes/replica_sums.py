@@ -16,6 +16,7 @@ from omnicompile.passes.rank_program import GROUP_PREFIX, ParamSpec
 
 _c10d = torch.ops._c10d_functional
 _WAIT = _c10d.wait_tensor.default
+_SCATTERS = (_c10d.reduce_scatter_tensor.default, _c10d.reduce_scatter_tensor_coalesced.default)
 _NUMBERED = re.compile(r"^(.*?\.\d+)(?=\.|$)")
 
 
@@ -35,6 +36,7 @@ def sum_over_replicas_pass(
 
     - A layer's gradients are summed by one coalesced collective, launched when the last of them is there and no product
       or collective reads on before; all are waited for at the end of the step.
+    - A gradient that is scattered first is waited for when the next one is launched, if that was to be later.
     - They are summed in place, in the memory that they are in: a gradient that shares it with anything is copied first.
 
     Safe: nothing but the output reads a gradient; every rank runs the same graph. Right only where these gradients are
@@ -44,6 +46,7 @@ def sum_over_replicas_pass(
     output = gm.graph.output_node()
     results = output.args[0]
     assert isinstance(results, tuple | list)
+    _wait_early(gm.graph, [n for p, n in zip(gradients, results[1:]) if len(params[p].reduce_axes) == 1])
     index = {node: i for i, node in enumerate(gm.graph.nodes)}
     wanted: list[_Ready] = []
     summed: set[str] = set()
@@ -61,6 +64,44 @@ def sum_over_replicas_pass(
         gm.graph.lint()
         gm.recompile()
     return summed
+
+
+def _wait_early(graph: fx.Graph, gradients: Sequence[fx.Node]) -> None:
+    """Put what follows a scatter, up to its gradient, in front of the next scatter of a layer after it. It then has had
+    a layer's backward to itself."""
+    index = {node: i for i, node in enumerate(graph.nodes)}
+    following: dict[fx.Node, fx.Node] = {}
+    waiting: list[fx.Node] = []
+    products = False
+    for node in graph.nodes:
+        products = products or node.target in HEAVY
+        if node.target in _SCATTERS:
+            if products:
+                following |= dict.fromkeys(waiting, node)
+                waiting = []
+            waiting.append(node)
+            products = False
+    for gradient in gradients:
+        chain = _since_scatter(gradient)
+        if chain is None or (place := following.get(chain[0])) is None or index[place] > index[gradient]:
+            continue
+        for node in chain[1:]:
+            if index[node] > index[place]:
+                place.prepend(node)
+
+
+def _since_scatter(gradient: fx.Node) -> list[fx.Node] | None:
+    """The scatter that this gradient comes of, and what is done to its result alone, in order; None if there is none or
+    something else reads it."""
+    chain = [gradient]
+    while chain[-1].target not in _SCATTERS:
+        sources = [node for node in chain[-1].all_input_nodes if not is_kept(node)]
+        node = chain[-1]
+        alone = node is gradient or node.target is operator.getitem or len(node.users) == 1
+        if node.op != "call_function" or len(sources) != 1 or not alone:
+            return None
+        chain.append(sources[0])
+    return chain[::-1]
 
 
 _Ready = tuple[int, str, fx.Node]

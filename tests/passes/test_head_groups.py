@@ -24,7 +24,9 @@ def test_the_graph_of_two_groups() -> None:
     gm = lower_forward(replace(original, overlap=Overlap(head_groups=2))).gm
     calls = gm.graph.find_nodes(op="call_function", target=ATTENTION)
     assert len(calls) == 2 * len(before.gm.graph.find_nodes(op="call_function", target=ATTENTION)) > 0
-    assert [call.args[0].args[1:] for call in calls[:2]] == [(1, 0, 1), (1, 1, 1)]
+    queries = [call.args[0] for call in calls[:2]]
+    assert [piece.args for piece in queries] == [(queries[0].args[0], 0), (queries[0].args[0], 1)]
+    assert queries[0].args[0].args[1:] == ([1, 1], 1)  # split: the gradient of all heads is put together at once
     assert [call.args[1].args[1:] for call in calls[:2]] == [(1, 0, 1), (1, 0, 1)]
     for join in gm.graph.find_nodes(op="call_function", target=collectives.join_heads):
         assert join.args[0] == 2 and [part.target for part in join.args[1:]] == [collectives.all_to_all] * 2

@@ -79,3 +79,23 @@ def test_a_transposed_gradient_is_made_contiguous() -> None:
     (call,) = gm.graph.find_nodes(op="call_function", target=SUM)
     assert call.args[0][0].target is torch.ops.aten.clone.default
     assert call.args[0][0].meta["val"].is_contiguous()
+
+
+def test_a_scattered_gradient_is_waited_for_when_the_next_layers_is_launched() -> None:
+    """Both waits stood at the end; the first is put where the second scatter is, its sum behind it."""
+
+    def scattered(x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+        db = x @ b
+        first = _c10d.reduce_scatter_tensor(db, "sum", 2, "shard")
+        da = db.relu() @ a
+        second = _c10d.reduce_scatter_tensor(da, "sum", 2, "shard")
+        third = x @ da
+        gb, ga = _c10d.wait_tensor(first), _c10d.wait_tensor(second)
+        return third.sum(), ga, gb
+
+    gm, names = traced(scattered, 3)
+    assert sum_over_replicas_pass(gm, names, specs(names, [0, 1]), {}) == set(names)
+    short = {SUM: "sum", torch.ops.aten.mm.default: "mm", _c10d.wait_tensor.default: "wait"}
+    short |= {_c10d.reduce_scatter_tensor.default: "scatter"}
+    order = [short[n.target] for n in gm.graph.nodes if n.target in short]
+    assert order == ["mm", "scatter", "mm", "wait", "sum", "scatter", "mm", "wait", "sum", "wait", "wait"]
