@@ -11,7 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from omnicompile.cost_model.step_chain import Chain, attention_exchange_bytes, expert_exchange_bytes, merge
+from omnicompile.cost_model.step_chain import (
+    Chain,
+    attention_exchange_bytes,
+    expert_exchange_bytes,
+    merge,
+    width_of,
+)
 from omnicompile.cost_model.step_layout import Groups, Split
 from omnicompile.cost_model.step_numbers import OpNumbers
 from omnicompile.cost_model.step_price import Piece, Prices
@@ -79,7 +85,8 @@ def overlapped_chain(
     """Operators in an order that hides exchanges, with their launches. ops, seconds: of one phase, as traced."""
     items = [_Item(op, time) for op, time in zip(ops, seconds)]
     if split.heads > 1:
-        items = _in_head_groups(_early_first(items), split, prices, overlap.head_groups)
+        items = _early_first(_own_products(items, split, prices))
+        items = _in_head_groups(items, split, prices, overlap.head_groups)
     if not groups.experts.trivial:
         items = _in_chunks(items, groups.experts.size, overlap.expert_chunks)
     found = [*_around_attention(items, split, groups, prices), *_around_experts(items, split, groups, prices)]
@@ -124,6 +131,57 @@ def _in_chunks(items: list[_Item], ranks: int, chunks: int) -> list[_Item]:
 def _chunks_fit(item: _Item, ranks: int, chunks: int) -> bool:
     shape = item.op.op.experts
     return shape is not None and shape.experts // ranks % chunks == 0
+
+
+def _own_products(items: list[_Item], split: Split, prices: Prices) -> list[_Item]:
+    """A product of query, key and value together, or of the last two, as one for each (as in
+    `passes.split_fused_qkv`)."""
+    parts: dict[int, list[_Item]] = {}
+    for at in _attention(items):
+        forward = items[at].op.op.phase is Phase.FORWARD
+        near = _products(items, at)[::-1] if forward else [i for i in range(at + 1, len(items)) if items[i].is_product]
+        widths = _made_together([items[i] for i in near], _widths(items[at]))
+        found = [i for i in near if widths and sum(widths) in _features(items[i])][: 1 if forward else 2]
+        own = [[_part_of(items[i], width, sum(widths), split, prices) for width in widths] for i in found]
+        if found and not forward:  # value's first, and gradients of one input and weight together
+            own = [_with_sum(part[::-1], split, prices) for part in own]
+        parts |= {i: [] for i in found}
+        if found:
+            parts[min(found)] = [item for together in zip(*own) for item in together]
+    return [part for i, item in enumerate(items) for part in parts.get(i, [item])]
+
+
+def _made_together(near: Sequence[_Item], widths: tuple[int, int, int]) -> tuple[int, ...]:
+    """The widths of what one of these products makes together; empty where each has its own."""
+    made = {width for item in near if item.op.op.token_dim != "k" for width in _features(item)}
+    for together in (widths, widths[1:]):
+        if any(sum(together) in _features(item) for item in near) and not made.issuperset(together):
+            return together
+    return ()
+
+
+def _features(item: _Item) -> tuple[float, ...]:
+    """Outputs of the linear layer that a product belongs to; of a weight's gradient, its inputs too."""
+    if item.op.op.token_dim == "k":
+        return item.op.m, item.op.n
+    return (item.op.n,) if item.op.op.phase is Phase.FORWARD else (item.op.k,)
+
+
+def _part_of(item: _Item, width: float, total: float, split: Split, prices: Prices) -> _Item:
+    """The part of a product that makes `width` of `total` outputs."""
+    sizes = {"m": item.op.m, "n": item.op.n, "k": item.op.k}
+    cut = next(name for name, size in sizes.items() if name != item.op.op.token_dim and size == total)
+    op = replace(item.op, **{**sizes, cut: width})
+    return _Item(op, max(item.seconds * width / total, prices.op(op, split, 1)) if item.seconds else 0.0)
+
+
+def _with_sum(parts: list[_Item], split: Split, prices: Prices) -> list[_Item]:
+    """Parts of the input's gradient, which what follows reads and adds up."""
+    last = parts[-1]
+    if last.op.op.token_dim == "k":
+        return parts
+    more = (len(parts) - 1) * last.op.m * last.op.n * width_of(last.op) / split.tokens
+    return [*parts[:-1], replace(last, seconds=last.seconds + prices.memory(more))]
 
 
 def _early_first(items: list[_Item]) -> list[_Item]:

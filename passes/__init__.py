@@ -17,6 +17,7 @@ from omnicompile.passes.manager import Pass, run_passes
 from omnicompile.passes.parameters import shard_parameters_pass
 from omnicompile.passes.propagate import insert_sequence_parallel_pass
 from omnicompile.passes.rank_program import RankProgram, bind_groups
+from omnicompile.passes.split_fused_qkv import split_fused_qkv_pass
 from omnicompile.plan import Plan
 
 __all__ = ["FORWARD_PASSES", "RankProgram", "bind_groups", "lower_forward"]
@@ -45,6 +46,13 @@ FORWARD_PASSES: tuple[Pass, ...] = (
         rewrite_kernels_pass,
         requires=frozenset({"functional", "global-loss"}),
         provides=frozenset({"kernels"}),
+        excludes=frozenset({"sequence"}),
+    ),
+    Pass(
+        "split-qkv",
+        split_fused_qkv_pass,
+        requires=frozenset({"functional", "kernels"}),
+        provides=frozenset({"own-products"}),
         excludes=frozenset({"sequence"}),
     ),
     Pass(

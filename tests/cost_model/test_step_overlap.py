@@ -78,13 +78,26 @@ def test_q_travels_while_k_and_v_are_made() -> None:
     assert chain[6].after == (1, 2, 3) and chain[8].after == (4,)
 
 
-def test_a_fused_product_leaves_nothing_to_hide_behind() -> None:
-    stack = synthetic.Stack("text", 4, 1024, 16, 4, 4096, Sym.S, Sym.S2, causal=True, fused=True)
-    program = synthetic.language_model(stack, 1000, 8192)
-    unit = layer(program, make_plan(program, Mesh(dp_shard=4, sp=4), Overlap()))
-    late = layer(program, make_plan(program, Mesh(dp_shard=4, sp=4), Overlap(exchanges=False)))
-    check_chain(unit.forward)
-    assert makespan(unit.forward) == pytest.approx(makespan(late.forward))
+def fused(kv_heads: int, is_fused: bool) -> Program:
+    stack = synthetic.Stack("text", 4, 1024, 16, kv_heads, 4096, Sym.S, Sym.S2, causal=True, fused=is_fused)
+    return synthetic.language_model(stack, 1000, 8192)
+
+
+@pytest.mark.parametrize("kv_heads", [4, 16])
+def test_a_fused_product_counts_as_three(kv_heads: int) -> None:
+    one, three = fused(kv_heads, True), fused(kv_heads, False)
+    mesh = Mesh(dp_shard=4, sp=4)
+    found = {name: layer(p, make_plan(p, mesh, Overlap())) for name, p in (("one", one), ("three", three))}
+    late = layer(one, make_plan(one, mesh, Overlap(exchanges=False)))
+    for name, chain in chains(found["one"]).items():
+        check_chain(chain)
+        if not chain:
+            continue
+        other = chains(found["three"])[name]
+        shapes = [[(piece.stream, piece.launch, piece.after) for piece in c] for c in (chain, other)]
+        assert shapes[0] == shapes[1]
+        assert makespan(chain) == pytest.approx(makespan(other), rel=0.05)
+        assert makespan(chain) < makespan(chains(late)[name])
 
 
 def test_weight_gradients_fill_the_time_of_an_exchange() -> None:

@@ -168,12 +168,16 @@ def test_any_graph_stays_in_order_of_what_it_reads(data: st.DataObject) -> None:
     assert done.exchanges == len([n for n in nodes if n.target is EXCHANGE])
 
 
-def results(kind: str, policy: Recompute, mesh: Mesh, overlap: Overlap) -> tuple[list[str], list[list[Tensor]]]:
-    """Products and exchanges of the step graph in order, and by rank the loss and the gradients of its shards."""
+def results(
+    kind: str, policy: Recompute, mesh: Mesh, overlap: Overlap, scheduled: bool | None = None
+) -> tuple[list[str], list[list[Tensor]]]:
+    """Products and exchanges of the step graph in order, and by rank the loss and the gradients of its shards.
+    scheduled: whether the graph made for `overlap` gets the schedule; None: as `overlap` says."""
     original, _ = lowered(kind, policy, mesh)
     program = lower_forward(replace(original, overlap=overlap))
     bound = bound_to_fake_groups(program)
-    gm = trace_step(bound).gm
+    exchanges = overlap.exchanges if scheduled is None else scheduled
+    gm = trace_step(replace(bound, overlap=replace(overlap, exchanges=exchanges))).gm
     whole = whole_values_of(kind, original, program, mesh.data_ranks)
     with local_ranks_mode(mesh.world), torch.no_grad():
         # of more than two data ranks some have the same batch
@@ -194,7 +198,7 @@ def results(kind: str, policy: Recompute, mesh: Mesh, overlap: Overlap) -> tuple
     ],
 )
 def test_results_keep_their_bits(kind: str, policy: Recompute, mesh: Mesh) -> None:
-    order, want = results(kind, policy, mesh, Overlap(exchanges=False))
+    order, want = results(kind, policy, mesh, Overlap(), scheduled=False)
     other, got = results(kind, policy, mesh, Overlap())
     assert order != other and sorted(order) == sorted(other)
     for mine, theirs in zip(got, want):

@@ -54,7 +54,7 @@ def test_heads_of_a_rank_stay_together() -> None:
     ],
 )
 def test_equal_to_whole_attention(kind: str, mesh: Mesh, policy: Recompute) -> None:
-    order, want = results(kind, policy, mesh, Overlap(exchanges=False))
+    order, want = results(kind, policy, mesh, Overlap(), scheduled=False)
     more, got = results(kind, policy, mesh, Overlap(head_groups=2))
     assert len(more) > len(order)
     for mine, theirs in zip(got, want):
