@@ -18,6 +18,7 @@ from omnicompile.anchors.masks import anchor_mask, is_bounds
 
 # Hugging Face hands cu_seqlens to an attention function only if its name says that it is a flash one.
 ATTENTION_NAME = "omnicompile_flash"
+PACKED_ATTENTION_NAME = "omnicompile_flash_packed"
 # Dropout changes no size and no cost worth pricing: a capture for planning leaves it out, an executed one refuses it.
 PLANNING_ATTENTION_NAME = "omnicompile_flash_planning"
 EXPERTS_NAME = "omnicompile"
@@ -203,12 +204,14 @@ def register() -> None:
 
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, attention_forward)
     ALL_ATTENTION_FUNCTIONS.register(PLANNING_ATTENTION_NAME, planning_attention_forward)
+    ALL_ATTENTION_FUNCTIONS.register(PACKED_ATTENTION_NAME, attention_forward)
     AttentionMaskInterface.register(ATTENTION_NAME, anchor_mask)
+    AttentionMaskInterface.register(PACKED_ATTENTION_NAME, functools.partial(anchor_mask, packed=True))
     ALL_EXPERTS_FUNCTIONS.register(EXPERTS_NAME, experts_forward)
 
 
 @contextlib.contextmanager
-def anchored(model: nn.Module, planning: bool = False) -> Iterator[None]:
+def anchored(model: nn.Module, planning: bool = False, packed: bool = False) -> Iterator[None]:
     """While active, every Hugging Face module in `model` computes attention and experts through the anchors.
 
     A model class that says that it does not work with flash attention (it makes masks of its own, or computes attention
@@ -216,18 +219,19 @@ def anchored(model: nn.Module, planning: bool = False) -> Iterator[None]:
 
     planning: the graph is only priced, so attention dropout is left out instead of refused, every attention that goes
     through the registry is priced as a flash kernel, and experts that the registry does not know are priced by their
-    kernels.
+    kernels. packed: rows may have several samples (see `anchor_mask`).
 
     The name is set on the configurations after construction, because constructing a model with a flash attention name
     looks for a hub kernel; and it is taken back at the end, so that the caller's model is left as it was.
     """
     register()
+    name = PLANNING_ATTENTION_NAME if planning else PACKED_ATTENTION_NAME if packed else ATTENTION_NAME
     configs = _configurations(model)
     before = [(c, c._attn_implementation_internal, c._experts_implementation_internal) for c, _ in configs]
     try:
         for config, flash in configs:
             if flash or planning:
-                config._attn_implementation_internal = PLANNING_ATTENTION_NAME if planning else ATTENTION_NAME
+                config._attn_implementation_internal = name
             config._experts_implementation_internal = EXPERTS_NAME
         with _plain_experts_anchored(model) if planning else contextlib.nullcontext():
             yield

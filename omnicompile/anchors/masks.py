@@ -4,7 +4,8 @@ Hugging Face builds a mask for an attention implementation by a function registe
 gets no mask at all: images that see each other both ways, chunks, packed or left-padded rows would all be lost.
 
 Several samples packed into one row are told by position ids that start anew. Their mask is handed on as the bounds of
-the samples, an int32 vector in place of S x S booleans, which the attention function gives to the operator.
+the samples, an int32 vector in place of S x S booleans, which the attention function gives to the operator. A row of
+one sample alone has no such mask; in a graph for packed rows its bounds are those of one segment.
 """
 
 from __future__ import annotations
@@ -32,9 +33,11 @@ def anchor_mask(
     local_size: int | None = None,
     allow_is_causal_skip: bool = True,
     allow_is_bidirectional_skip: bool = False,
+    packed: bool = False,
     **rest: Any,
 ) -> Tensor | None:
-    """The signature of Hugging Face's mask functions. None where the attention operator's own causal, window and
+    """The signature of Hugging Face's mask functions, and `packed`: rows may have several samples, so that causal masks
+    are always given as bounds. None where the attention operator's own causal, window and
     bidirectional masks say the same; the bounds of segments [segments + 1] where those masks hold within segments; else
     the boolean mask [batch, 1, q_length, kv_length], True where a key is seen.
 
@@ -45,11 +48,14 @@ def anchor_mask(
     causal = allow_is_causal_skip and q_length == kv_length and q_offset == kv_offset
     bidirectional = allow_is_bidirectional_skip and local_size is None
     window = local_size is None or kv_length < local_size or _slides(mask_function, local_size, kv_length)
+    square = q_length == kv_length and q_offset == kv_offset == 0 and rest.get("batch_size") == 1
     if causal and window and _unpadded(attention_mask, at_the_end=True):
+        if packed and square:
+            with outside_tracing():
+                return torch.tensor([0, q_length], dtype=torch.int32)
         return None
     if bidirectional and _unpadded(attention_mask, at_the_end=False):
         return None
-    square = q_length == kv_length and q_offset == kv_offset == 0 and rest.get("batch_size") == 1
     if square and attention_mask is None and not allow_is_causal_skip and not rest.get("use_vmap"):
         with outside_tracing():
             bounds = segment_bounds(mask_function, q_length, local_size)
@@ -69,6 +75,14 @@ def anchor_mask(
             allow_is_bidirectional_skip=False,
             **rest,
         )
+
+
+def positions_restart(positions: object) -> bool:
+    """Whether position ids, [rows, tokens] or with the text's running positions as the first of four axes, begin anew
+    within a row: rows of several samples."""
+    if isinstance(positions, Tensor) and positions.dim() == 3 and positions.shape[0] == 4:
+        positions = positions[0]
+    return isinstance(positions, Tensor) and positions.dim() == 2 and bool((positions[:, 1:] == 0).any())
 
 
 def is_bounds(mask: Tensor) -> bool:
@@ -118,7 +132,8 @@ def _unpadded(mask: Tensor | None, at_the_end: bool) -> bool:
 def _slides(mask_function: Callable[..., Tensor], window: int, keys: int) -> bool:
     """Whether a local pattern is a sliding window: the query after the first `window` keys sees the `window` keys up to
     itself. (A chunked one starts anew there.)"""
-    key = torch.arange(keys)
-    zero = torch.zeros(1, dtype=torch.long)
-    seen = mask_function(zero, zero, torch.full((1,), window), key)
-    return bool((seen == ((key > 0) & (key <= window))).all())
+    with outside_tracing():
+        key = torch.arange(keys)
+        zero = torch.zeros(1, dtype=torch.long)
+        seen = mask_function(zero, zero, torch.full((1,), window), key)
+        return is_plain_host_tensor(seen) and bool((seen == ((key > 0) & (key <= window))).all())

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from omnicompile.anchors.huggingface import anchored
+from omnicompile.anchors.masks import positions_restart
 from omnicompile.capture.host_mode import MAX_HOST_ELEMENTS
 from omnicompile.capture.trace import explain_failure
 from omnicompile.errors import CaptureError, InputError
@@ -132,7 +133,7 @@ def capture_forward(
     """
     mode = new_fake_mode()
     copied = fake_copy(model, mode, dtype)
-    program = HostProgram(copied, mode)
+    program = HostProgram(copied, mode, positions_restart(batch.get("position_ids")))
     try:
         first = program.learn(batch)
         host = [_with_room(c.value, segments) if c.bounds_only else c.value for c in first.crossings]
@@ -142,7 +143,7 @@ def capture_forward(
         values = {name: batch[name] for name in traced if batch[name].device.type == "cpu"}
         wrapped = _Forward(copied, fixed, values, crossing)
         fakes = [mode.from_tensor(value) for value in host]
-        with anchored(copied), crossing, warnings.catch_warnings():
+        with anchored(copied, packed=program.packed), crossing, warnings.catch_warnings():
             # Tensors that the host code keeps on the model (a cache of position offsets, say) stay on the copy.
             warnings.filterwarnings("ignore", message="The tensor attribute")
             exported = torch.export.export(wrapped, (traced, fakes), strict=False)

@@ -69,11 +69,15 @@ class _LayerRun:
 
 
 class HostProgram:
-    """Runs the host-side code of `model` (a fake copy, as `fake_copy` makes it) under the fake mode `mode`."""
+    """Runs the host-side code of `model` (a fake copy, as `fake_copy` makes it) under the fake mode `mode`.
 
-    def __init__(self, model: nn.Module, mode: FakeTensorMode | None = None) -> None:
+    packed: rows may have several samples.
+    """
+
+    def __init__(self, model: nn.Module, mode: FakeTensorMode | None = None, packed: bool = False) -> None:
         self.mode = mode or new_fake_mode()
         self.model = model
+        self.packed = packed
         self._first: Recording | None = None
         self._skipped_calls: list[Call] = []
         self._layers: dict[str, list[_LayerRun]] = {}
@@ -122,7 +126,7 @@ class HostProgram:
         for name, value in batch.items():
             if isinstance(value, Tensor) and value.device.type == "cpu" and not is_host_input(value):
                 mode.know(kwargs[name], value)
-        with torch.no_grad(), self.mode, anchored(self.model), mode:
+        with torch.no_grad(), self.mode, anchored(self.model, packed=self.packed), mode:
             output = self.model(**kwargs)
         return Recording(mode.crossings, mode.calls, mode.results, output)
 
