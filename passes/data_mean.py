@@ -12,9 +12,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
+from omnicompile.errors import LoweringError
 from omnicompile.passes import collectives
+from omnicompile.passes.loss import is_sum_loss
 from omnicompile.passes.placement import PARTIAL, REPLICATE, Partial, Placement, Replicate, Shard
-from omnicompile.passes.propagate import Propagation, operator_name
+from omnicompile.passes.propagate import Propagation, module_of, operator_name
 from omnicompile.passes.rank_program import RankProgram, axis_size
 from omnicompile.passes.redistribute import Redistributor, cost
 from omnicompile.passes.rules.base import Choice, OpCall
@@ -31,13 +33,15 @@ def insert_data_mean_pass(program: RankProgram, plan: Plan | None = None) -> Ran
     data_mean(mean(probabilities, 0)); aux = m * f; loss = (ce * n / count + aux) / n`, n data ranks. Sizes of a
     micro-batch that the model divides by are constants of the graph, so a sum over tokens divided by them is a mean
     too, and is averaged. Leaves a loss that is a sum of cross-entropies alone.
+
+    Raises LoweringError for losses of single tokens that it cannot follow.
     """
     ranks = axis_size(program.mesh, _ACROSS)
-    if ranks == 1 or not _has_other_means(program):
+    if ranks == 1 or not _needs_means(program):
         return program
     walk = DataPropagation(program, 1, across=ranks)
     for node in list(program.gm.graph.nodes):
-        if node.op == "call_function" and operator_name(node) == _LOSS:
+        if is_sum_loss(node):  # a sum over the tokens of all data ranks, which is no mean of theirs
             _multiply(program, node, float(ranks))
     walk.run()
     (output,) = program.gm.graph.find_nodes(op="output")
@@ -48,12 +52,14 @@ def insert_data_mean_pass(program: RankProgram, plan: Plan | None = None) -> Ran
         output.replace_input_with(loss, mean)
     program.gm.graph.lint()
     program.gm.recompile()
-    program.log.append(f"global means: {walk.averages} averages over {ranks} data ranks")
+    program.log.append(f"global means: {walk.averager.averages} averages over {ranks} data ranks")
     return program
 
 
-def _has_other_means(program: RankProgram) -> bool:
-    """Whether the loss depends on a sum over tokens that is not a cross-entropy."""
+def _needs_means(program: RankProgram) -> bool:
+    """Whether the loss is more than a sum of cross-entropies, each times something that is the same on all data ranks:
+    it depends on another sum over tokens, on a cross-entropy in a way that is not linear, or on a summand that the data
+    ranks share (a regularizer)."""
     scratch = program.copy()
     walk = DataPropagation(scratch, 1)
     walk.run()
@@ -64,7 +70,14 @@ def _has_other_means(program: RankProgram) -> bool:
         if node not in wanted:
             wanted.add(node)
             stack += node.all_input_nodes
-    return any(node in wanted and operator_name(node) != _LOSS for node in walk.sums)
+    for node in wanted:
+        if operator_name(node) == _LOSS and isinstance(walk.actual[node][0], Replicate):
+            raise LoweringError(
+                f"the losses of single tokens in {module_of(node)} cannot be averaged over data ranks, as logits were "
+                "cut off before: give whole logits and ignored targets, or use reduction='mean' or 'sum'"
+            )
+    other = any(node in wanted and operator_name(node) != _LOSS for node in walk.sums)
+    return other or any(node.target is collectives.all_reduce or node in walk.averager.shared for node in wanted)
 
 
 def _multiply(program: RankProgram, node: fx.Node, factor: float) -> None:
@@ -74,15 +87,20 @@ def _multiply(program: RankProgram, node: fx.Node, factor: float) -> None:
     node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
 
 
+@dataclass
 class _Averager(Redistributor):
-    """Tensors cut over data ranks stay so; a Partial one is averaged when something needs it whole."""
+    """Tensors cut over data ranks stay so; a Partial one is averaged when something needs it whole. shared: what takes
+    a tensor that is the same on all data ranks for a mean over them, which it is."""
 
-    across = 1
-    averages = 0
+    across: int = 1
+    averages: int = 0
+    shared: set[fx.Node] = field(default_factory=set)
 
     def convert(self, node: fx.Node, source: Placement, target: Placement, user: fx.Node) -> fx.Node:
         if isinstance(source, Partial) and isinstance(target, Replicate):
             return super().convert(node, source, target, user)
+        if isinstance(source, Replicate) and isinstance(target, Partial):
+            self.shared.add(user)
         return node
 
     def _insert(self, node: fx.Node, source: Placement, target: Placement) -> fx.Node:
@@ -100,13 +118,8 @@ class DataPropagation(Propagation):
 
     def __post_init__(self) -> None:
         group = self.program.group(_ACROSS) if self.across > 1 else ""
-        self.redistribute = _Averager(self.program.gm.graph, 1, group, None)  # type: ignore[arg-type]
-        self.redistribute.across = self.across
-
-    @property
-    def averages(self) -> int:
-        assert isinstance(self.redistribute, _Averager)
-        return self.redistribute.averages
+        self.averager = _Averager(self.program.gm.graph, 1, group, None, across=self.across)  # type: ignore[arg-type]
+        self.redistribute = self.averager
 
     def _layout(self, node: fx.Node) -> Layout:
         return Layout.SEQUENCE
@@ -130,6 +143,10 @@ class DataPropagation(Propagation):
 
     def _output(self, node: fx.Node) -> None:
         self._set(node, REPLICATE)
+
+    def _set(self, node: fx.Node, *placements: Placement) -> None:
+        """A loss is of the tokens of a micro-batch, even where they were lost sight of."""
+        super()._set(node, *((PARTIAL,) if is_sum_loss(node) else placements))
 
     def _apply(self, call: OpCall, choice: Choice) -> None:
         fresh = choice.outputs == (PARTIAL,) and not any(

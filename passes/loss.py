@@ -51,8 +51,16 @@ def count_values(targets: float | Sequence[int], ranks: int = 1) -> dict[str, Te
 
 def is_mean_loss(node: fx.Node) -> bool:
     """Whether a node is a cross-entropy averaged over its targets."""
-    is_loss = node.target is torch.ops.aten.cross_entropy_loss.default
-    return is_loss and schema_values(node)["reduction"] == _MEAN
+    return _is_loss(node, _MEAN)
+
+
+def is_sum_loss(node: fx.Node) -> bool:
+    """Whether a node is a cross-entropy summed over its targets."""
+    return _is_loss(node, _SUM)
+
+
+def _is_loss(node: fx.Node, reduction: int) -> bool:
+    return node.target is torch.ops.aten.cross_entropy_loss.default and schema_values(node)["reduction"] == reduction
 
 
 def _count_input(program: RankProgram, name: str) -> fx.Node:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -25,18 +25,34 @@ _UNINITIALISED = (
 
 
 class Recorder(fx.Interpreter):
-    """Runs a graph and keeps what every node gave."""
+    """Runs a graph and keeps what every node gave, and after a backward the gradients that came back to it."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module, garbage_collect_values=False)
         self.seen: dict[str, object] = {}
+        self._ids: set[int] = set()
+        self._own: dict[str, Tensor] = {}
 
     def run_node(self, n: fx.Node) -> object:
         value = super().run_node(n)
         if n.target in _UNINITIALISED and isinstance(value, Tensor):
             value.zero_()  # so that runs can be compared
         self.seen[n.name] = value
-        return self.seen[n.name]
+        if isinstance(value, Tensor):
+            self._keep_gradient(n, value)
+        return value
+
+    def _keep_gradient(self, n: fx.Node, value: Tensor) -> None:
+        """Of the first node that gave this tensor: one that hands it on would show the gradient of all its uses."""
+        if id(value) not in self._ids and value.requires_grad and n.op == "call_function":
+            value.retain_grad()
+            self._own[n.name] = value
+        self._ids.add(id(value))
+
+    def gradients(self) -> dict[str, Tensor]:
+        """By node, after the backward: the gradient of the loss by what the node gave."""
+        grads = {name: value.grad for name, value in self._own.items()}
+        return {n: torch.zeros_like(self._own[n]) if grad is None else grad.detach() for n, grad in grads.items()}
 
 
 def bound_to_fake_groups(program: RankProgram) -> RankProgram:
@@ -95,11 +111,19 @@ def whole_gradient(program: RankProgram, name: str, grad: Tensor) -> Tensor:
     return parts[0]
 
 
-def run_ranks(
-    program: RankProgram, whole: WholeValue, one_batch: bool = False
-) -> tuple[list[float], dict[str, Tensor], Mapping[str, list[Tensor]]]:
-    """Forward and backward on all ranks: every rank's loss, whole gradients by parameter name, and what every node
-    held on every rank (floating-point tensors only). one_batch: see `rank_values`."""
+@dataclass(frozen=True)
+class RankRun:
+    """losses: of every rank. gradients: whole ones, by parameter name. values, cotangents: what every node gave on
+    every rank, and the gradients of the loss by that (floating-point tensors only)."""
+
+    losses: list[float]
+    gradients: dict[str, Tensor]
+    values: Mapping[str, list[Tensor]]
+    cotangents: Mapping[str, list[Tensor]]
+
+
+def run_recorded(program: RankProgram, whole: WholeValue, one_batch: bool = False) -> RankRun:
+    """Forward and backward on all ranks. one_batch: see `rank_values`."""
     bound = bound_to_fake_groups(program)
     with local_ranks_mode(program.mesh.world):
         values = rank_values(bound, whole, one_batch)
@@ -119,4 +143,13 @@ def run_ranks(
             for name, value in recorder.seen.items()
             if isinstance(value, Tensor) and value.is_floating_point()
         }
-    return losses, grads, held
+        cotangents = {name: on_each_rank(value) for name, value in recorder.gradients().items()}
+    return RankRun(losses, grads, held, cotangents)
+
+
+def run_ranks(
+    program: RankProgram, whole: WholeValue, one_batch: bool = False
+) -> tuple[list[float], dict[str, Tensor], Mapping[str, list[Tensor]]]:
+    """`run_recorded` as every rank's loss, whole gradients by parameter name, and what every node held."""
+    run = run_recorded(program, whole, one_batch)
+    return run.losses, run.gradients, run.values

@@ -3,7 +3,8 @@
 The lowered graph runs on all ranks and the captured one on one, on the same numbers. Every node that both have must
 hold, over the ranks of an SP group, the whole value, pieces of it along one dimension, or summands of it; the first
 that does not is named. The loss must be the sum over ranks, and every gradient, after the reductions that the program
-declares, the captured graph's. All ranks run one graph, so that the order of collectives is the same on all of them.
+declares, the captured graph's; the node at which one goes wrong is named too (placement_checks.py). All ranks run one
+graph, so that the order of collectives is the same on all of them.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ import torch
 from torch import Tensor, fx
 
 from omnicompile.errors import VerificationError
-from omnicompile.passes import collectives, expert_ops
+from omnicompile.passes import collectives
 from omnicompile.passes.dropout import replace_dropout_pass
 from omnicompile.passes.dropout_op import site_keys
 from omnicompile.passes.functional import remove_mutation_pass
-from omnicompile.passes.loss import count_values
-from omnicompile.passes.propagate import module_of
+from omnicompile.passes.loss import count_values, is_sum_loss
+from omnicompile.passes.placement_checks import PlacementChecks, WholeRun
 from omnicompile.passes.rank_program import DATA_AXES, GROUP_PREFIX, ParamSpec, RankProgram, axis_size
-from omnicompile.passes.simulate import SIMULATED_SEED, Recorder, run_ranks
+from omnicompile.passes.simulate import SIMULATED_SEED, Recorder, run_recorded
 
 
 @dataclass(frozen=True)
@@ -85,37 +86,47 @@ def verify_lowering(
     """Compare `lowered` with `original`, from which it was made, on `values` (whole, by placeholder of the original).
 
     Every data rank gets the same micro-batch, of `targets` target tokens (for each loss, where there are several).
-    Raises VerificationError naming the first
-    node, the loss or the gradient that differs by more than `tolerance` (relative).
+    Raises VerificationError where a value before the losses, the loss or a gradient differs by more than `tolerance`
+    (relative). It names the first wrong node: of values that from the inputs on, of gradients that from the loss on.
     """
     check_gradient_axes(lowered)
     original = remove_mutation_pass(original.copy())  # a value changed in place later would compare wrong
     original = replace_dropout_pass(original)
-    loss, want_grads, want = _run_whole(original, values)
+    want = _run_whole(original, values, lowered.mesh.data_ranks)
     counts = count_values(targets, lowered.mesh.data_ranks)
     try:
-        losses, got_grads, held = run_ranks(lowered, lambda name, _: values.get(name, counts.get(name)), one_batch=True)
+        got = run_recorded(lowered, lambda name, _: values.get(name, counts.get(name)), one_batch=True)
     except (RuntimeError, AssertionError, IndexError, ValueError) as error:
         raise VerificationError(f"the lowered forward does not run: {str(error).splitlines()[0]}") from error
-    nodes = _check_nodes(original, lowered, want, held, tolerance)
-    loss_error = abs(sum(losses) - loss) / max(abs(loss), 1e-30)
+    own = tuple(float(count) / lowered.mesh.data_ranks for count in counts.values())
+    checks = PlacementChecks(original, lowered, want, got, own, tolerance)
+    nodes = checks.check_values()
+    total = sum(got.losses)
+    loss_error = abs(total - want.loss) / max(abs(want.loss), 1e-30)
     if loss_error > tolerance:
-        raise VerificationError(f"the losses of all ranks add up to {sum(losses):.8g}, but the loss is {loss:.8g}")
-    errors = _gradient_errors(want_grads, got_grads)
-    report = Report(nodes, loss_error, errors)
+        where = f"{found}: " if (found := checks.wrong_loss()) else ""
+        raise VerificationError(
+            f"{where}the losses of all ranks add up to {total:.8g}, but the loss is {want.loss:.8g}"
+        )
+    report = Report(nodes, loss_error, _gradient_errors(want.gradients, got.gradients))
     name, worst = report.worst
     if worst > tolerance:
+        where = f" {found}" if (found := checks.wrong_gradient()) else ""
         raise VerificationError(
-            f"the gradient of {name} is off by {worst:.1e} (relative): a reduction is missing, doubled or scaled"
+            f"the gradient of {name} is off by {worst:.1e} (relative): a reduction is missing, doubled or scaled{where}"
         )
     return report
 
 
-def _run_whole(
-    program: RankProgram, values: Mapping[str, Tensor]
-) -> tuple[float, dict[str, Tensor], dict[str, Tensor]]:
-    """Loss, gradients by parameter name, and what every node held."""
-    recorder = Recorder(program.copy().gm)
+def _run_whole(program: RankProgram, values: Mapping[str, Tensor], copies: int) -> WholeRun:
+    """On `copies` micro-batches, all the same: they only make a cross-entropy that is a sum larger."""
+    program = program.copy()
+    for node in [node for node in program.gm.graph.nodes if is_sum_loss(node)]:
+        with program.gm.graph.inserting_after(node):
+            all_copies = program.gm.graph.call_function(torch.ops.aten.mul.Tensor, (node, copies))
+        node.replace_all_uses_with(all_copies, delete_user_cb=lambda user, new=all_copies: user is not new)
+    program.gm.recompile()
+    recorder = Recorder(program.gm)
     inputs: dict[str, Tensor] = {}
     for node in program.gm.graph.find_nodes(op="placeholder"):
         spec = program.params.get(node.name)
@@ -130,7 +141,7 @@ def _run_whole(
         if grad is not None:
             grads[spec.name] = grad
     held = {n: v.detach() for n, v in recorder.seen.items() if isinstance(v, Tensor) and v.is_floating_point()}
-    return float(loss), grads, held
+    return WholeRun(float(loss.detach()), grads, held, recorder.gradients())
 
 
 def _value(program: RankProgram, name: str, values: Mapping[str, Tensor]) -> Tensor:
@@ -138,84 +149,6 @@ def _value(program: RankProgram, name: str, values: Mapping[str, Tensor]) -> Ten
     if item is not None and item.kind == "dropout":
         return site_keys(SIMULATED_SEED, int(item.name) + 1)[-1]
     return torch.tensor(0) if item is not None and item.kind == "rank" else values[name]
-
-
-def _own_order(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes between the dispatch and the combination of an expert layer, whose rows each rank has in its own order."""
-    start = (expert_ops.dispatch, torch.ops.omnicompile.expert_dispatch.default)
-    end = (expert_ops.combine, torch.ops.omnicompile.expert_combine.default)
-    found: set[fx.Node] = set()
-    for node in graph.nodes:
-        if node.target in start or (node.target not in end and any(n in found for n in node.all_input_nodes)):
-            found.add(node)
-    return found
-
-
-def _after_losses(graph: fx.Graph) -> set[str]:
-    """Losses, of which a mean may have become a data rank's share of it, and what is computed from them."""
-    found: set[fx.Node] = set()
-    for node in graph.nodes:
-        is_loss = node.target is torch.ops.aten.cross_entropy_loss.default
-        if node.op == "call_function" and (is_loss or any(source in found for source in node.all_input_nodes)):
-            found.add(node)
-    return {node.name for node in found}
-
-
-def _check_nodes(
-    original: RankProgram,
-    lowered: RankProgram,
-    want: Mapping[str, Tensor],
-    held: Mapping[str, list[Tensor]],
-    tolerance: float,
-) -> int:
-    skipped = {node.name for node in _own_order(lowered.gm.graph)} | _after_losses(original.gm.graph)
-    checked = 0
-    for node in original.gm.graph.nodes:
-        name = node.name
-        if node.op != "call_function" or name not in want or name not in held or name in skipped:
-            continue
-        checked += 1
-        for start in range(0, lowered.mesh.world, lowered.mesh.sp):
-            pieces = held[name][start : start + lowered.mesh.sp]
-            if not relation(want[name], pieces, tolerance):
-                shapes = ", ".join(str(tuple(p.shape)) for p in pieces[:2])
-                raise VerificationError(
-                    f"{name} in {module_of(node)}: the ranks hold neither the whole value, nor pieces of it, nor "
-                    f"summands (whole {tuple(want[name].shape)}; on ranks {shapes})"
-                )
-    return checked
-
-
-def relation(whole: Tensor, pieces: list[Tensor], tolerance: float) -> str:
-    """How the ranks' pieces make up the whole: "whole", "summands", "cut along d", or "" if they do not."""
-    if not whole.numel():
-        return "whole"
-    if all(p.shape == whole.shape for p in pieces):
-        if all(_close(p, whole, whole, tolerance) for p in pieces):
-            return "whole"
-        if _close(torch.stack([p.double() for p in pieces]).sum(0), whole, whole, tolerance):
-            return "summands"
-        return ""
-    if len({tuple(p.shape) for p in pieces}) > 1 or pieces[0].dim() != whole.dim():
-        return ""
-    for dim, (size, part) in enumerate(zip(whole.shape, pieces[0].shape)):
-        if size == part * len(pieces):
-            for outer in range(1, part + 1):
-                if part % outer == 0:
-                    folded = torch.cat([p.unflatten(dim, (outer, -1)) for p in pieces], dim + 1)
-                    if _close(folded.flatten(dim, dim + 1), whole, whole, tolerance):
-                        return f"cut along {dim}"
-    return ""
-
-
-def _close(got: Tensor, want: Tensor, scale: Tensor, tolerance: float) -> bool:
-    if got.shape != want.shape:
-        return False
-    finite = torch.isfinite(want)
-    if not torch.equal(finite, torch.isfinite(got)):
-        return False
-    got, want = got.double()[finite], want.double()[finite]
-    return bool((got - want).norm() <= tolerance * max(float(want.norm()), 1e-30) + 1e-30)
 
 
 def _gradient_errors(want: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> dict[str, float]:

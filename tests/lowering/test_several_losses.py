@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import dense_model, make_plan, run_ranks, worst_error
+from tiny_models import dense_model, make_plan, run_ranks, text_batch, worst_error
 from torch import Tensor, nn
 
 import omnicompile
@@ -54,6 +54,43 @@ def test_every_loss_is_normalised_by_its_own_targets(mesh: Mesh) -> None:
     report = prove(TinyModel(TwoLosses().double(), lambda r: {k: to_double(v) for k, v in batch(r).items()}),
                    make_plan(("text",), mesh))  # fmt: skip
     assert report.equal, (report.loss_error, report.worst, report.verdict)
+
+
+class OneLoss(nn.Module):
+    """A cross-entropy, and what a loss may make of it."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.base, self.kind = dense_model(1), kind
+        self.scale = nn.Parameter(torch.tensor(0.3))
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        logits = self.base.lm_head(self.base.model(input_ids=input_ids).last_hidden_state)
+        text = self.base.loss_function(logits, labels, vocab_size=128)
+        if self.kind == "focal":  # easy texts count less
+            return text * (1 - torch.exp(-text))
+        if self.kind == "uncertainty":  # a learned weight, and its price
+            return text * torch.exp(-self.scale) + self.scale
+        if self.kind == "regularizer":
+            return text + 0.01 * self.base.lm_head.weight.square().sum()
+        if self.kind == "sum":
+            return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+        if self.kind == "single tokens":
+            return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").mean()
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="none").mean()
+
+
+@pytest.mark.parametrize("kind", ["focal", "uncertainty", "regularizer", "sum", "single tokens"])
+def test_what_is_not_linear_in_a_loss_or_no_loss_of_tokens(kind: str) -> None:
+    """On data ranks with different numbers of targets."""
+    plan = make_plan(("text",), Mesh(dp_shard=2, sp=2))
+    report = prove(TinyModel(OneLoss(kind).double(), text_batch), plan)
+    assert report.equal, (report.loss_error, report.worst, report.verdict)
+
+
+def test_losses_of_single_tokens_that_cannot_be_followed_are_refused() -> None:
+    with pytest.raises(LoweringError, match=r"losses of single tokens in .* cannot be averaged over data ranks"):
+        prove(TinyModel(OneLoss("cut").double(), text_batch), make_plan(("text",), Mesh(dp_shard=2)))
 
 
 def to_double(value: Tensor) -> Tensor:

@@ -11,8 +11,10 @@ from torch import Tensor, fx
 
 from omnicompile.errors import VerificationError
 from omnicompile.passes import collectives, lower_forward
+from omnicompile.passes.placement_checks import relation
+from omnicompile.passes.propagate import module_of
 from omnicompile.passes.rank_program import RankProgram
-from omnicompile.passes.verifier import check_gradient_axes, relation, verify_lowering
+from omnicompile.passes.verifier import check_gradient_axes, verify_lowering
 from omnicompile.plan import Mesh
 
 from .models import block_plans, mixture_model, text_batch
@@ -59,8 +61,13 @@ def test_finds_a_dropped_all_reduce_where_a_partial_value_meets_a_product(
     reductions = [n for n in _calls(broken, collectives.all_reduce) if n.meta["role"] == "sp_all_reduce"]
     assert reductions
     _drop(broken, reductions[-1])
-    with pytest.raises(VerificationError, match=r"neither the whole value|losses of all ranks add up"):
+    total = program.output_nodes()[0]  # adds summands as if they were whole
+    with pytest.raises(VerificationError) as caught:
         verify_lowering(program, broken, values, targets)
+    assert str(caught.value).startswith(
+        f"{total.name} in {module_of(total)}: the ranks hold neither the whole value, nor pieces of it, nor summands "
+        "(whole (); on ranks (), ()); of what it reads, they hold summands of "
+    )
 
 
 def test_finds_a_scaled_gradient(case: tuple[RankProgram, dict[str, Tensor], int]) -> None:
@@ -71,7 +78,10 @@ def test_finds_a_scaled_gradient(case: tuple[RankProgram, dict[str, Tensor], int
         scaled = broken.gm.graph.call_function(halved_gradient, (exchange,))
     exchange.replace_all_uses_with(scaled, delete_user_cb=lambda user: user is not scaled)
     broken.gm.recompile()
-    with pytest.raises(VerificationError, match=r"gradient of .* is off"):
+    source = exchange.args[0]
+    assert isinstance(source, fx.Node)
+    where = rf"gradient of .* is off .* scaled between {source.name} in .* and what reads it"
+    with pytest.raises(VerificationError, match=where):
         verify_lowering(program, broken, values, targets)
 
 
