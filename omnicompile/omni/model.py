@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -163,8 +164,16 @@ class OmniModel(PreTrainedModel):
                 embeds = _put(embeds, places, made, name)
                 codes[name] = found, places
         if unknown := [name for name, value in features.items() if value is not None]:
-            raise InputError(f"no part of this model takes {unknown[0]}; it takes {', '.join(self.argument_names())}")
+            self._refuse(unknown[0])
         return embeds, codes
+
+    def _refuse(self, argument: str) -> NoReturn:
+        """Raises InputError for an argument that no part takes, naming the part that is missing if it is one."""
+        if produced := re.fullmatch("output_(.+)_(values|ids)", argument):
+            self.config.decoder(produced[1])
+        elif read := re.fullmatch("(.+)_(values|grid_thw)", argument):
+            self.config.encoder(read[1])
+        raise InputError(f"no part of this model takes {argument}; it takes {', '.join(self.argument_names())}")
 
     def argument_names(self) -> list[str]:
         """Arguments of the forward that carry modalities."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from omnicompile.errors import InputError
+from omnicompile.omni.config import OmniConfig
 from omnicompile.omni.decoder import DiscreteDecoder
 from omnicompile.omni.encoder import Encoder
 from omnicompile.omni.model import OmniModel
@@ -84,6 +86,27 @@ class OmniProcessor:
             packed = name.endswith("_grid_thw") or self._is_packed(name.removesuffix("_values"))
             batch[name] = torch.cat(items) if packed else torch.stack(items)
         return batch
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Beside the model's own files: the tokenizer is all that a processor has besides the model."""
+        self.tokenizer.save_pretrained(folder)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, model: OmniModel | None = None) -> OmniProcessor:
+        """Of a folder that model and processor were saved to. model: of the same configuration, where there is one
+        already; without it one is made that has no weights.
+
+        Raises InputError for a folder without a tokenizer, or with one of another model.
+        """
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{folder} holds no tokenizer: save the processor there beside the model") from error
+        if model is None:
+            config = OmniConfig.from_pretrained(folder)
+            with torch.device("meta"):
+                model = OmniModel(config)
+        return cls(model, tokenizer)
 
     def _is_packed(self, name: str) -> bool:
         return name in (self.model.config.encoders or []) and self.model.encoder(name).config.packed is not None

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from omnicompile.capture.inputs.types import StatesInputs
+from omnicompile.capture.regions import modality_of_input
 from omnicompile.errors import InputError
 from omnicompile.passes.rank_program import RankProgram, check_alignment
 from omnicompile.plan import Layout, Plan
@@ -110,9 +112,13 @@ def with_spans(batch: Mapping[str, Any], lengths: Sequence[int], ids: str, kinds
     return {**batch, ids: new_ids, kinds: new_kinds}
 
 
-def image_ranks(plan: Plan) -> int:
-    """The number of ranks that whole images are dealt out to."""
-    dealt_out = any(block.layout is Layout.IMAGES and block.sp > 1 for block in plan.blocks.values())
+def image_ranks(plan: Plan, model: nn.Module) -> int:
+    """The number of ranks that whole packed images are dealt out to. Blocks of items of one size (clips, images to be
+    produced) may be dealt out too, which needs nothing here."""
+    packed = {"vision"}
+    if isinstance(model, StatesInputs):
+        packed = {modality_of_input(name) for name, items in model.placeholders().items() if items.grid}
+    dealt_out = any(plan.blocks[b].layout is Layout.IMAGES and plan.blocks[b].sp > 1 for b in packed & set(plan.blocks))
     return plan.mesh.sp if dealt_out else 1
 
 

@@ -125,7 +125,7 @@ def _distributed(
     if on_meta(model):
         model = with_real_buffers(model, values)
     engine = Engine(model, plan, mesh, lower, BACKENDS[backend], master_dtype, segments)
-    budget = Budget.of(model, batch, image_ranks(plan))
+    budget = Budget.of(model, batch, image_ranks(plan, model))
     loaded = engine.program(batch, batch_signature(batch, model.training), logits=False)
     if needs_dealing(loaded.program) and budget.images is None:
         raise PlanError("layout 'images' needs the sizes of images in `image_grid_thw`: use layout 'sequence'")

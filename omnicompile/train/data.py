@@ -116,7 +116,7 @@ def _encoder(made: Any, options: DataOptions) -> Any:
 
 
 def _budget(options: DataOptions, source: Source, encoder: Any, model: nn.Module, plan: Plan) -> Budget:
-    wanted, merge, parts = options.budget, merge_of(model), image_ranks(plan)
+    wanted, merge, parts = options.budget, merge_of(model), image_ranks(plan, model)
     tokens = wanted.tokens or plan.workload.seq_len * plan.micro_batch
     if tokens % plan.mesh.sp:
         raise InputError(f"a budget of {tokens} tokens does not divide over sp={plan.mesh.sp}: make it a multiple")

@@ -149,8 +149,14 @@ def test_a_wrong_declaration_is_one_clear_error(tmp_path: Path, own: dict[str, o
 def test_wrong_inputs_are_clear_errors(tmp_path: Path) -> None:
     model = tiny("janus_tiny")
     given = batch(model, 0)
-    with pytest.raises(InputError, match="no part of this model takes sound_values"):
+    with pytest.raises(InputError, match="no encoder for 'sound', only for image: add it to the encoders"):
         model(**given, sound_values=torch.zeros(1))
+    with pytest.raises(InputError, match="no decoder for 'sound', only for image: add it to the decoders"):
+        model(**given, output_sound_ids=torch.zeros(1))
+    with pytest.raises(
+        InputError, match="no part of this model takes pixels; it takes image_values, output_image_values"
+    ):
+        model(**given, pixels=torch.zeros(1))
     with pytest.raises(InputError, match="17 placeholders of image, and its items make 16"):
         model(**{**given, "input_ids": given["input_ids"].index_fill(1, torch.tensor([0]), 120)})
     with pytest.raises(InputError, match="no decoder for 'sound', only for image"):
@@ -187,6 +193,29 @@ def test_samples_in_a_row_do_not_see_each_other(name: str) -> None:
     together = model(**processor(model)(parts)).losses
     for loss, value in losses.items():
         assert value == pytest.approx(together[loss].item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_processor_is_saved_beside_its_model(name: str, tmp_path: Path) -> None:
+    model = tiny(name)
+    process = processor(model)
+    model.save_pretrained(tmp_path)
+    process.save_pretrained(tmp_path)
+    for loaded in (omni.OmniProcessor.from_pretrained(tmp_path), omni.OmniProcessor.from_pretrained(tmp_path, model)):
+        want, got = process(samples(model, 1)), loaded(samples(model, 1))
+        assert got.keys() == want.keys() and all(torch.equal(got[key], value) for key, value in want.items())
+    again = OmniModel.from_pretrained(tmp_path)
+    assert torch.equal(again(**got).loss, model(**want).loss)
+
+
+def test_a_folder_without_the_model_s_tokenizer_is_refused(tmp_path: Path) -> None:
+    model = tiny("janus_tiny")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="holds no tokenizer"):
+        omni.OmniProcessor.from_pretrained(tmp_path)
+    tokenizer({token: n - 20 for token, n in model.config.special_tokens.items()}).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="the model's id of <image> is 120, and the tokenizer has 100"):
+        omni.OmniProcessor.from_pretrained(tmp_path)
 
 
 def test_samples_that_are_read_and_produced_in_any_order() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 import omnicompile
 from omnicompile.lowering.proof import prove
 from omnicompile.lowering.tiny import TinyModel
-from omnicompile.plan import Layout, Mesh
+from omnicompile.plan import Layout, Mesh, Sharding
 from omnicompile.runtime.budget import Budget
 
 LENGTH = 128
@@ -45,7 +45,20 @@ def test_a_filled_batch_has_the_same_losses(name: str, lacks: dict[str, bool]) -
 PLANS = [
     ("janus_tiny", Mesh(dp_shard=2), {}),
     ("janus_tiny", Mesh(sp=2), {"vision": {"layout": Layout.IMAGES}, "output_image": {"layout": Layout.REPLICATED}}),
+    (
+        "janus_tiny",
+        Mesh(dp_shard=2, sp=2),
+        {
+            "vision": {"layout": Layout.REPLICATED, "sharding": Sharding.REPLICATE},
+            "output_image": {"layout": Layout.IMAGES},
+        },
+    ),
+    ("llama_omni_tiny", Mesh(dp_shard=2), {"vision": {"sharding": Sharding.REPLICATE}}),
+    ("llama_omni_tiny", Mesh(sp=2), {"vision": {"layout": Layout.REPLICATED}, "audio": {"layout": Layout.IMAGES}}),
     ("llama_omni_tiny", Mesh(dp_shard=2, sp=2), {"audio": {"layout": Layout.REPLICATED}}),
+    ("qwen3_moe_omni_tiny", Mesh(dp_shard=2), {}),
+    ("qwen3_moe_omni_tiny", Mesh(sp=2), {"audio": {"layout": Layout.REPLICATED}}),
+    ("qwen3_moe_omni_tiny", Mesh(sp=2, ep=2), {"vision": {"layout": Layout.REPLICATED}}),
     ("qwen3_moe_omni_tiny", Mesh(dp_shard=2, sp=2, ep=2), {"output_image": {"layout": Layout.REPLICATED}}),
     ("qwen3_moe_omni_tiny", Mesh(dp_replicate=2, dp_shard=2, ep=2), {}),
 ]
