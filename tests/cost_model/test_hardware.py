@@ -9,6 +9,7 @@ import yaml
 
 import omnicompile.cost_model.hardware as hardware_module
 from omnicompile.cost_model.hardware import known_hardware, load_hardware
+from omnicompile.cost_model.step_price import DTYPE_BYTES
 from omnicompile.errors import InputError
 
 FILES = Path(hardware_module.__file__).parent / "hardware"
@@ -21,6 +22,7 @@ def test_known_names_load() -> None:
         assert hw.name == name
         assert 0.8 * hw.memory_bytes < hw.usable_bytes < hw.memory_bytes
         assert hash(hw) == hash(load_hardware(name.upper()))
+        assert DTYPE_BYTES.keys() <= hw.peak_flops.keys()  # whatever a plan computes in
 
 
 @pytest.mark.parametrize(
