@@ -35,6 +35,10 @@ STEP_FIELDS: dict[str, Any] = {
     "param_dtype": str,
     "reduce_dtype": str,
 }
+_SHARED: dict[str, dict[str, Any]] = {
+    "mesh": field_types(Mesh), "step": STEP_FIELDS, "stack": field_types(Stack), "overlap": field_types(Overlap),
+}  # fmt: skip
+"""Choices by section, those of blocks apart."""
 COMMENTS = {
     "mesh": "ranks = dp_replicate x dp_shard x sp x tp x cp x pp; ep is folded out of dp_shard x sp",
     "blocks": "one line per modality block",
@@ -109,7 +113,7 @@ def load_pins(path: str | Path) -> dict[str, str]:
     """The choices that a recipe, or any part of one, fixes: {"mesh.sp": "4", "vision.layout": "images", ...}."""
     data, place = _parse(_read(path), str(path))
     pins: dict[str, str] = {}
-    for section, kinds in (("mesh", field_types(Mesh)), ("step", STEP_FIELDS), ("stack", field_types(Stack))):
+    for section, kinds in _SHARED.items():
         pins |= _section_pins(section, data.get(section), kinds, place.key(section))
     for block, choices in mapping(data.get("blocks") or {}, place.key("blocks")).items():
         pins |= _section_pins(block, choices, field_types(BlockPlan), place.key("blocks").key(block))
@@ -172,14 +176,11 @@ def pin_text(value: Any) -> str:
 
 def _owner(name: str) -> str:
     """The section of a choice that was named without one."""
-    if name in STEP_FIELDS:
-        return "step"
-    return "stack" if name in field_types(Stack) else "mesh"
+    return next((section for section, kinds in _SHARED.items() if name in kinds), "mesh")
 
 
 def _pin_fields(section: str) -> dict[str, Any]:
-    known = {"mesh": field_types(Mesh), "step": STEP_FIELDS, "stack": field_types(Stack)}
-    return known.get(section) or field_types(BlockPlan)
+    return _SHARED.get(section) or field_types(BlockPlan)
 
 
 def _changed(section: Stack | Overlap) -> dict[str, Any]:
@@ -194,7 +195,12 @@ def _section_fields(value: Any, kinds: dict[str, Any], place: Place) -> dict[str
 
 
 def _section_pins(section: str, value: Any, kinds: dict[str, Any], place: Place) -> dict[str, str]:
-    return {f"{section}.{key}": pin_text(item) for key, item in _section_fields(value, kinds, place).items()}
+    """Every whole number among these choices counts something."""
+    choices = _section_fields(value, kinds, place)
+    for key, item in choices.items():
+        if type(item) is int and item < 1:
+            raise place.key(key).error(f"must be at least 1, got {item}")
+    return {f"{section}.{key}": pin_text(item) for key, item in choices.items()}
 
 
 def _checked(kind: type, value: Any, place: Place) -> Any:

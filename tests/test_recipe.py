@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from omnicompile.cluster import Cluster
 from omnicompile.errors import InputError, RecipeError
-from omnicompile.plan import BlockPlan, Layout, LossHead, Mesh, Plan, Prediction, Sharding, Stack
+from omnicompile.plan import BlockPlan, Layout, LossHead, Mesh, Overlap, Plan, Prediction, Sharding, Stack
 from omnicompile.recipe import check_pins, dumps, load_machine, load_pins, load_recipe, loads, parse_pins, save_recipe
 from omnicompile.recompute import Recompute
 from omnicompile.workload import Workload
@@ -61,6 +61,15 @@ STACK = st.builds(
     recompute_share=st.floats(0, 1),
 )
 
+OVERLAP = st.builds(
+    Overlap,
+    exchanges=st.booleans(),
+    head_groups=st.integers(1, 8),
+    expert_chunks=st.integers(1, 8),
+    prefetch=st.integers(1, 4),
+    replica_sums=st.booleans(),
+)
+
 
 @st.composite
 def plans(draw: st.DrawFn) -> Plan:
@@ -81,6 +90,7 @@ def plans(draw: st.DrawFn) -> Plan:
         prediction=draw(st.none() | PREDICTION),
         notes=draw(st.lists(TEXT, max_size=2).map(tuple)),
         stack=draw(STACK),
+        overlap=draw(OVERLAP),
     )
 
 
@@ -217,6 +227,9 @@ def test_wrong_pins_in_a_file(tmp_path: Path) -> None:
     path = tmp_path / "pins.yaml"
     path.write_text("omnicompile_recipe: 1\nmesh: {spp: 4}\n")
     with pytest.raises(RecipeError, match=r"pins\.yaml:2: mesh\.spp: unknown key 'spp' \(did you mean sp\?\)"):
+        load_pins(path)
+    path.write_text("omnicompile_recipe: 1\noverlap: {expert_chunks: 0}\n")
+    with pytest.raises(RecipeError, match=r"pins\.yaml:2: overlap\.expert_chunks: must be at least 1, got 0"):
         load_pins(path)
 
 

@@ -110,7 +110,8 @@ def chosen_plan(args: argparse.Namespace, model: nn.Module, batch: dict[str, Any
         return plan
     wanted = replace(plan, mesh=replace(plan.mesh, **chosen.mesh), stack=replace(plan.stack, **chosen.stack))
     refuse_unexecutable(wanted)
-    plan = proof_plan.with_choices(plan, chosen.mesh, chosen.blocks, proof_plan.count_experts(model))
+    experts = proof_plan.count_experts(model)
+    plan = proof_plan.with_choices(plan, chosen.mesh, chosen.blocks, experts, chosen.overlap)
     refuse_unexecutable(plan)
     return plan
 
@@ -130,6 +131,8 @@ def mesh_text(plan: Plan) -> str:
 
 
 def _text(report: ProofReport, top: int) -> str:
+    from omnicompile.report.figures import forward_words
+
     lines = [
         f"{'equal' if report.equal else 'NOT EQUAL'}: {report.model} on {report.plan.mesh.world} ranks "
         f"(tolerance {report.tolerance:.0e})",
@@ -139,6 +142,8 @@ def _text(report: ProofReport, top: int) -> str:
     for name, block in report.plan.blocks.items():
         ep = f", ep {block.ep}" if block.ep > 1 else ""
         lines.append(f"  {name:<12} {block.sharding}, {block.layout}{f', sp {block.sp}' if block.sp > 1 else ''}{ep}")
+    if words := forward_words(report.plan.overlap):
+        lines.append(f"  overlap      {', '.join(words)}")
     for (what, axes), count in sorted(report.collectives.items()):
         lines.append(f"  inserted     {count:>4} x {what} over {axes}")
     checked = f"{report.nodes} values hold their placement on every rank" if not report.verdict else report.verdict
@@ -158,6 +163,7 @@ def _json(report: ProofReport, top: int) -> dict[str, Any]:
         "tolerance": report.tolerance,
         "mesh": asdict(report.plan.mesh),
         "blocks": {name: asdict(block) for name, block in report.plan.blocks.items()},
+        "overlap": asdict(report.plan.overlap),
         "collectives": [{"what": w, "axes": a, "count": n} for (w, a), n in sorted(report.collectives.items())],
         "values_checked": report.nodes,
         "verdict": report.verdict,

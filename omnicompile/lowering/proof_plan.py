@@ -19,6 +19,7 @@ from omnicompile.workload import Workload
 
 def reduced_plan(plan: Plan, gpus: int, experts: int) -> Plan:
     """`plan` on `gpus` GPUs with a mesh of the same shape: degrees that are 1 stay 1, others stay above 1 if they can.
+    Experts are cut into as many chunks as the tiny copy's allow.
 
     experts: of the tiny copy, 0 for a model without. Raises LoweringError if the mesh has no such divisor.
     """
@@ -42,7 +43,14 @@ def reduced_plan(plan: Plan, gpus: int, experts: int) -> Plan:
     mesh = replace(mesh, ep=largest_ep(mesh, old.ep, experts))
     blocks = {name: _on_mesh(b, mesh) for name, b in plan.blocks.items()}
     cluster = replace(plan.cluster, gpus=gpus)
-    return replace(plan, mesh=mesh, blocks=blocks, cluster=cluster, micro_batch=1, accumulation=1)
+    overlap = replace(plan.overlap, expert_chunks=_most_chunks(plan.overlap.expert_chunks, experts, mesh.ep))
+    return replace(plan, mesh=mesh, blocks=blocks, cluster=cluster, micro_batch=1, accumulation=1, overlap=overlap)
+
+
+def _most_chunks(wanted: int, experts: int, ep: int) -> int:
+    """The largest number of chunks, at most `wanted`, that the experts of a rank are cut into."""
+    mine = experts // ep if ep > 1 else 1
+    return max(n for n in range(1, wanted + 1) if mine % n == 0)
 
 
 def _divisors(number: int) -> list[int]:
@@ -89,24 +97,53 @@ def count_experts(model: nn.Module) -> int:
     return counts.pop() if len(counts) == 1 else 0
 
 
-def with_choices(plan: Plan, mesh: Mapping[str, int], blocks: Mapping[str, Mapping[str, Any]], experts: int) -> Plan:
-    """`plan` with some degrees of its mesh and some fields of its blocks chosen; dp_shard makes up what is not chosen.
-    Raises PlanError where the degrees do not make up the number of GPUs."""
-    gpus, chosen = plan.cluster.gpus, dict(mesh)
-    free = [name for name in ("dp_shard", "dp_replicate", "sp") if name not in chosen]
-    if chosen:
-        degrees = {"dp_replicate": 1, "dp_shard": 1, "sp": 1} | {k: v for k, v in chosen.items() if k != "ep"}
-        product = degrees["dp_replicate"] * degrees["dp_shard"] * degrees["sp"]
-        if gpus % product or (product != gpus and not free):
-            raise PlanError(f"the mesh {degrees} does not make up {gpus} GPUs: change --gpus or the pinned degrees")
-        if free and product != gpus:
-            degrees[free[0]] = gpus // product
-        new = Mesh(dp_replicate=degrees["dp_replicate"], dp_shard=degrees["dp_shard"], sp=degrees["sp"])
-        ep = chosen.get("ep", largest_ep(new, plan.mesh.ep, experts))
-        plan = replace(plan, mesh=replace(new, ep=ep))
+def with_choices(
+    plan: Plan,
+    mesh: Mapping[str, int],
+    blocks: Mapping[str, Mapping[str, Any]],
+    experts: int,
+    overlap: Mapping[str, Any] | None = None,
+) -> Plan:
+    """`plan` with some degrees of its mesh, some fields of its blocks and some ways of overlapping chosen; dp_shard
+    makes up what is not chosen, and ep leaves each rank as many experts as chunks are asked for.
+
+    Raises PlanError where the degrees do not make up the number of GPUs, or nothing is there to be overlapped so.
+    """
+    plan = replace(plan, overlap=replace(plan.overlap, **(overlap or {})))
+    chunks = plan.overlap.expert_chunks
+    new = _degrees(mesh, plan.cluster.gpus) if mesh else plan.mesh
+    ep = largest_ep(new, plan.mesh.ep, experts if experts % chunks else experts // chunks)
+    plan = replace(plan, mesh=replace(new, ep=mesh.get("ep", ep)))
+    if overlap:
+        _check_overlap(plan, experts, overlap)
     settled = {}
     for name, block in plan.blocks.items():
         cut = Layout.SEQUENCE if block.layout is Layout.BATCH else block.layout
         whole = replace(block, layout=cut, sp=2, ep=2 if block.ep > 1 or name == "text" else 1)
         settled[name] = replace(_on_mesh(whole, plan.mesh), **blocks.get(name, {}))
     return replace(plan, blocks=settled)
+
+
+def _degrees(chosen: Mapping[str, int], gpus: int) -> Mesh:
+    """Without ep."""
+    degrees = {"dp_replicate": 1, "dp_shard": 1, "sp": 1} | {k: v for k, v in chosen.items() if k != "ep"}
+    free = [name for name in ("dp_shard", "dp_replicate", "sp") if name not in chosen]
+    product = degrees["dp_replicate"] * degrees["dp_shard"] * degrees["sp"]
+    if gpus % product or (product != gpus and not free):
+        raise PlanError(f"the mesh {degrees} does not make up {gpus} GPUs: change --gpus or the pinned degrees")
+    if product != gpus:
+        degrees[free[0]] = gpus // product
+    return Mesh(**degrees)
+
+
+def _check_overlap(plan: Plan, experts: int, chosen: Mapping[str, Any]) -> None:
+    groups, chunks, mesh = chosen.get("head_groups", 1), chosen.get("expert_chunks", 1), plan.mesh
+    if groups > 1 and mesh.sp == 1:
+        raise PlanError(f"overlap.head_groups={groups}: heads are not exchanged (sp=1): pin mesh.sp")
+    if chunks > 1 and mesh.ep == 1:
+        raise PlanError(f"overlap.expert_chunks={chunks}: rows of experts are not exchanged (ep=1)")
+    if experts // mesh.ep % chunks:
+        raise PlanError(
+            f"overlap.expert_chunks={chunks}: does not divide the {experts // mesh.ep} experts of a rank "
+            f"(the tiny copy has {experts}, ep={mesh.ep})"
+        )

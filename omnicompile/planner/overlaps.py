@@ -22,13 +22,13 @@ EXPERT_CHUNKS = (1, 2, 4, 8)
 
 
 def refined(plan: Plan, model: StepModel, pins: Pins) -> Plan:
-    """The fastest of a simulated plan with attention in 1 to 4 groups of heads and experts in 1 to 8 chunks, that fits;
-    of equally fast ones that with fewer. Pinned values stay."""
+    """The fastest of a simulated plan with early exchanges or without, attention in 1 to 4 groups of heads and experts
+    in 1 to 8 chunks, that fits; of equally fast ones that with fewer. Pinned values stay."""
     best = plan
-    choices = {"head_groups": HEAD_GROUPS, "expert_chunks": EXPERT_CHUNKS}
+    choices = {"exchanges": (True, False), "head_groups": HEAD_GROUPS, "expert_chunks": EXPERT_CHUNKS}
     wanted = {name: (pins.overlap[name],) if name in pins.overlap else values for name, values in choices.items()}
-    for groups, chunks in itertools.product(*wanted.values()):
-        overlap = replace(plan.overlap, head_groups=groups, expert_chunks=chunks)
+    for exchanges, groups, chunks in itertools.product(*wanted.values()):
+        overlap = replace(plan.overlap, exchanges=exchanges, head_groups=groups, expert_chunks=chunks)
         candidate = replace(plan, overlap=overlap)
         if overlap == plan.overlap or overlap_refusal(model.program, plan.mesh, candidate.overlap):
             continue
@@ -62,8 +62,6 @@ def overlap_gains(plan: Plan, model: StepModel) -> tuple[Gain, ...]:
     seconds = plan.prediction.step_seconds
     found = []
     for name, value in vars(plan.overlap).items():
-        if name == "prefetch":
-            continue
         off = vars(_OFF)[name]
         other = off if value != off else _on(name)
         reason = _pointless(name, plan, model)
@@ -105,6 +103,10 @@ def _pointless(name: str, plan: Plan, model: StepModel) -> str:
     shared = plan.mesh.world > 1 and any(block.sharding is not Sharding.FSDP for block in plan.blocks.values())
     if name == "replica_sums" and not (shared or plan.mesh.dp_replicate > 1):
         return "no parameters with replicas"
+    if name == "prefetch":
+        sharded = any(block.sharding in (Sharding.FSDP, Sharding.HSDP) for block in plan.blocks.values())
+        gathered = "parameters are gathered while the layer before computes; further ahead is priced alike, so pin it"
+        return gathered if sharded and plan.mesh.world > 1 else "no parameters are gathered"
     return ""
 
 

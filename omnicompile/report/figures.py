@@ -121,10 +121,15 @@ def option_words(plan: Plan) -> str:
 def overlap_words(overlap: Overlap) -> list[str]:
     """What differs from the plainest way to run communication beside compute."""
     words = [] if overlap.exchanges else ["exchanges waited for at once"]
-    words += [f"attention in {overlap.head_groups} groups of heads"] if overlap.head_groups > 1 else []
-    words += [f"experts in {overlap.expert_chunks} chunks"] if overlap.expert_chunks > 1 else []
+    words += forward_words(overlap)
     words += [f"parameters gathered {overlap.prefetch} units ahead"] if overlap.prefetch > 1 else []
     return words + (["replica sums in the backward"] if overlap.replica_sums else [])
+
+
+def forward_words(overlap: Overlap) -> list[str]:
+    """Of these, what changes which operators run, and not only their order."""
+    words = [f"attention in {overlap.head_groups} groups of heads"] if overlap.head_groups > 1 else []
+    return words + ([f"experts in {overlap.expert_chunks} chunks"] if overlap.expert_chunks > 1 else [])
 
 
 def stack_words(stack: Stack) -> list[str]:

@@ -14,7 +14,8 @@ def gap(seed: int, limit: int) -> str:
     case = random_case(seed, limit)
     expected = brute_force(case)
     try:
-        pins = {**case.pins, "priced": "true", "head_groups": "1", "expert_chunks": "1"}  # which are not searched
+        whole = {"exchanges": "true", "head_groups": "1", "expert_chunks": "1"}  # which are not searched
+        pins = {**case.pins, "priced": "true", **whole}
         result = plan_program(case.program, case.cluster, case.workload, pins)
     except InfeasibleError:
         assert expected is None

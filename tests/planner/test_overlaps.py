@@ -78,6 +78,18 @@ def test_finer_ways_are_taken_where_they_gain() -> None:
     assert planned(program, **pins, expert_chunks="1").plans[0].overlap.expert_chunks == 1
 
 
+@pytest.mark.parametrize("length", [4096, 32768])
+@pytest.mark.parametrize("kind", ["dense", "experts"])
+def test_no_way_is_on_that_the_simulation_says_is_slower(kind: str, length: int) -> None:
+    program = synthetic.dense_lm(length) if kind == "dense" else synthetic.moe_lm(length)
+    pins = {"mesh__sp": "4"} if kind == "dense" else {"mesh__sp": "1", "mesh__ep": "8"}
+    result = planned(program, **pins)
+    assert [gain.name for gain in result.gains] == list(vars(Overlap()))
+    for gain in result.gains:
+        assert gain.reason or not gain.on or gain.other_seconds >= gain.seconds, gain
+    assert len(gain_lines(result.gains)) == len(result.gains)
+
+
 def test_what_cannot_be_cut_is_refused() -> None:
     program = synthetic.moe_lm()
     for pin, reason in ({"expert_chunks": "3"}, "does not divide the 16 experts"), ({"head_groups": "2"}, "sp=1"):
