@@ -5,6 +5,10 @@ experts in one), converts tensors by operations such as stack, concatenate, spli
 one part of the result, the operations are run on small tensors that hold the number of each element. They tell which
 part of which source the wanted part is made of, and the same operations on those parts alone must give the wanted
 numbers; where they do not, the sources are read whole.
+
+A part is given in pieces of at most `PIECE_BYTES`, one at a time: an expert, or some rows of a matrix. So beside what
+the caller keeps there is only one piece with its sources, and what an operation copies (stacked, then joined: three
+times a piece at most).
 """
 
 from __future__ import annotations
@@ -12,7 +16,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +28,22 @@ from omnicompile.errors import InputError
 from omnicompile.runtime.safetensors_folder import SafetensorsFolder
 
 Part = tuple[slice, ...]
+PIECE_BYTES = 1 << 20
+_MOST_NUMBERS = 1 << 23  # of elements that are numbered at once, 4 bytes each
+
+
+def pieces_of(part: Part, item_bytes: int, limit: int) -> Iterator[Part]:
+    """`part` in consecutive pieces of at most `limit` bytes, cut along the first dimensions; of a part without elements
+    itself. item_bytes: of one element."""
+    sizes = [there.stop - there.start for there in part]
+    dim = next((dim for dim, size in enumerate(sizes) if size > 1), None)
+    if dim is None or math.prod(sizes) * item_bytes <= limit:
+        yield part
+        return
+    rows = max(1, limit // (math.prod(sizes[dim + 1 :]) * item_bytes))
+    for start in range(part[dim].start, part[dim].stop, rows):
+        piece = (*part[:dim], slice(start, min(start + rows, part[dim].stop)), *part[dim + 1 :])
+        yield from pieces_of(piece, item_bytes, limit)
 
 
 @dataclass(frozen=True)
@@ -47,8 +68,12 @@ class Renamed:
     def shape(self, folder: SafetensorsFolder, name: str) -> tuple[int, ...]:
         return folder.shape(self.key)
 
-    def read(self, folder: SafetensorsFolder, name: str, part: Part) -> Tensor:
-        return folder.part(self.key, part)
+    def read(
+        self, folder: SafetensorsFolder, name: str, part: Part, limit: int = PIECE_BYTES
+    ) -> Iterator[tuple[Part, Tensor]]:
+        """(piece of the whole tensor, its value): `part` in pieces, each in the memory of the mapped file."""
+        for piece in pieces_of(part, folder.dtype(self.key).itemsize, limit):
+            yield piece, folder.part(self.key, piece)
 
     def first_key(self) -> str:
         return self.key
@@ -77,6 +102,7 @@ class Converted:
         """Raises InputError when the operations do not take these sources."""
         self._first, self._converter, self._model = first, converter, _AskedModel(model)
         self._sources = list(sources)
+        self._tried: dict[tuple[frozenset[int], int], tuple[list[Tensor], dict[str, Tensor]]] = {}
         try:
             made = self._run([torch.empty(source.shape, device="meta") for source in sources], range(len(sources)))
         except Exception as error:
@@ -93,14 +119,35 @@ class Converted:
     def first_key(self) -> str:
         return self._sources[0].key
 
-    def read(self, folder: SafetensorsFolder, name: str, part: Part) -> Tensor:
+    def read(
+        self, folder: SafetensorsFolder, name: str, part: Part, limit: int = PIECE_BYTES
+    ) -> Iterator[tuple[Part, Tensor]]:
+        """(piece of the whole tensor, its value): `part` in pieces where the operations can be done on parts of their
+        sources, else at once."""
+        dtype = folder.dtype(self._sources[0].key)
         if any(there.stop == there.start for there in part):
-            return torch.empty([there.stop - there.start for there in part], dtype=folder.dtype(self._sources[0].key))
-        wanted = self._parts(name, part)
-        if wanted is None:
-            whole = {number: _all_of(source.shape) for number, source in enumerate(self._sources)}
-            return self._made_of(folder, whole)[name][part].clone()
-        return self._made_of(folder, wanted)[name]
+            yield part, torch.empty([there.stop - there.start for there in part], dtype=dtype)
+            return
+        try:
+            for piece, wanted in self._pieces(name, part, dtype.itemsize, limit):
+                if wanted is None:
+                    whole = {number: _all_of(source.shape) for number, source in enumerate(self._sources)}
+                    yield piece, self._made_of(folder, whole)[name][piece]
+                else:
+                    yield piece, self._made_of(folder, wanted)[name]
+        finally:
+            self._tried.clear()
+
+    def _pieces(
+        self, name: str, part: Part, item_bytes: int, limit: int
+    ) -> list[tuple[Part, dict[int, Part] | None]]:
+        """Pieces of `part` with the parts of the sources that each is made of."""
+        found = []
+        for piece in pieces_of(part, item_bytes, limit):
+            found.append((piece, self._parts(name, piece)))
+            if found[-1][1] is None:  # rows that are not neighbours in the sources, say
+                return [(part, self._parts(name, part))]
+        return found
 
     def _made_of(self, folder: SafetensorsFolder, parts: Mapping[int, Part]) -> dict[str, Tensor]:
         return self._run([folder.part(self._sources[number].key, part) for number, part in parts.items()], list(parts))
@@ -127,7 +174,7 @@ class Converted:
                 for dim, source_dim in zip(cut, drivers):
                     self._narrow(parts, name, dim, source_dim, part[dim])
                 found = {number: tuple(there) for number, there in parts.items()}
-                if self._gives(name, part, cut, {dim for dim in drivers if dim is not None}, found):
+                if self._gives(name, part, cut, frozenset(dim for dim in drivers if dim is not None), found):
                     return found
         return None
 
@@ -136,42 +183,47 @@ class Converted:
         found: list[int | None] = []
         for source_dim in (None, *range(min(len(source.shape) for source in self._sources))):
             with contextlib.suppress(Exception):
-                numbers = self._numbered(_only(source_dim), 1)
-                if self._run(numbers, range(len(numbers)))[name].shape[dim] == self._shapes[name][dim]:
+                if self._on_numbers(_only(source_dim), 1)[1][name].shape[dim] == self._shapes[name][dim]:
                     found.append(source_dim)
         return found
 
-    def _numbered(self, kept: set[int], rest: int) -> list[Tensor]:
+    def _on_numbers(self, kept: frozenset[int], rest: int) -> tuple[list[Tensor], dict[str, Tensor]]:
         """For each source a small tensor, whole in the dimensions `kept` and at most `rest` in all others, in which
-        every element has a number of its own."""
-        numbers, start = [], 0
-        for source in self._sources:
-            shape = [size if dim in kept else min(size, rest) for dim, size in enumerate(source.shape)]
-            count = int(torch.tensor(shape, dtype=torch.int64).prod())
-            numbers.append(torch.arange(start, start + count).view(shape))
-            start += count
-        return numbers
+        every element has a number of its own; and what the operations make of these. Raises ValueError where these
+        would be large."""
+        if (kept, rest) not in self._tried:
+            shapes = [
+                [size if dim in kept else min(size, rest) for dim, size in enumerate(source.shape)]
+                for source in self._sources
+            ]
+            starts = [0, *itertools.accumulate(map(math.prod, shapes))]
+            if starts[-1] > _MOST_NUMBERS:
+                raise ValueError("too many elements to be numbered")
+            numbers = [
+                torch.arange(start, start + math.prod(shape), dtype=torch.int32).view(shape)
+                for start, shape in zip(starts, shapes)
+            ]
+            self._tried[kept, rest] = numbers, self._run(numbers, range(len(numbers)))
+        return self._tried[kept, rest]
 
     def _narrow(
         self, parts: dict[int, list[slice]], name: str, dim: int, source_dim: int | None, wanted: slice
     ) -> None:
-        numbers = self._numbered(_only(source_dim), 1)
-        made = self._run(numbers, range(len(numbers)))[name]
-        needed = made.narrow(dim, wanted.start, wanted.stop - wanted.start).contiguous()
-        for number, own in enumerate(numbers):
-            here = torch.isin(own, needed)
-            if source_dim is None:
-                if not here.any():
-                    parts.pop(number, None)
-            elif number in parts:
-                rows = here.movedim(source_dim, 0).flatten(1).any(1).nonzero().flatten().tolist()
-                parts[number][source_dim] = slice(rows[0], rows[-1] + 1) if rows else slice(0, 0)
+        numbers, made = self._on_numbers(_only(source_dim), 1)
+        needed = made[name].narrow(dim, wanted.start, wanted.stop - wanted.start).unique()
+        if source_dim is None:  # one number for each source
+            for number in parts.keys() - set(needed.tolist()):
+                del parts[number]
+            return
+        for number, there in parts.items():
+            here = torch.isin(numbers[number], needed)
+            rows = here.movedim(source_dim, 0).flatten(1).any(1).nonzero().flatten().tolist()
+            there[source_dim] = slice(rows[0], rows[-1] + 1) if rows else slice(0, 0)
 
-    def _gives(self, name: str, part: Part, cut: list[int], kept: set[int], parts: Mapping[int, Part]) -> bool:
+    def _gives(self, name: str, part: Part, cut: list[int], kept: frozenset[int], parts: Mapping[int, Part]) -> bool:
         """Whether the operations on `parts` of numbered tensors give the numbers of the wanted part."""
-        numbers = self._numbered(kept, 2)  # so that a mixture of kept dimensions with others shows
-        whole = self._run(numbers, range(len(numbers)))[name]
-        want = whole[tuple(there if dim in cut else slice(None) for dim, there in enumerate(part))]
+        numbers, made = self._on_numbers(kept, 2)  # so that a mixture of kept dimensions with others shows
+        want = made[name][tuple(there if dim in cut else slice(None) for dim, there in enumerate(part))]
         pieces = []
         for number, there in parts.items():
             own = tuple(one if dim in kept else slice(None) for dim, one in enumerate(there))
@@ -180,8 +232,8 @@ class Converted:
         return got.shape == want.shape and torch.equal(got, want)
 
 
-def _only(dim: int | None) -> set[int]:
-    return set() if dim is None else {dim}
+def _only(dim: int | None) -> frozenset[int]:
+    return frozenset() if dim is None else frozenset({dim})
 
 
 def _all_of(shape: Sequence[int]) -> Part:

@@ -82,10 +82,17 @@ class Pretrained:
         try:
             for one in by_file(list(found.values()), self.folder):
                 for name in targets[id(one)]:
-                    _, source = self._sources[name]
-                    target.take(name, one.read(self.folder, source, target.part_of(name)))
+                    self._fill_one(target, name, one)
         finally:
             self.folder.close()
+
+    def _fill_one(self, target: Target, name: str, conversion: Conversion) -> None:
+        part = target.part_of(name)
+        for piece, value in conversion.read(self.folder, self._sources[name][1], part):
+            within = tuple(
+                slice(there.start - own.start, there.stop - own.start) for there, own in zip(piece, part, strict=True)
+            )
+            target.take(name, value, within)
 
     def described(self) -> str:
         return f"files {self.folder.described()}, {self._initialized.described()}"

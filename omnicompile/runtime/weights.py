@@ -33,7 +33,8 @@ class Target(Protocol):
     def part_of(self, name: str) -> tuple[slice, ...]:
         """The part of the whole tensor that `take` wants."""
 
-    def take(self, name: str, part: Tensor) -> None: ...
+    def take(self, name: str, value: Tensor, within: tuple[slice, ...] | None = None) -> None:
+        """Keep a copy of the part's value, or of a piece of it. within: where in the part the piece is."""
 
 
 @dataclass
@@ -228,10 +229,14 @@ class _WholeModel:
     def part_of(self, name: str) -> tuple[slice, ...]:
         return tuple(slice(0, size) for size in self.slots[name].tensor.shape)
 
-    def take(self, name: str, part: Tensor) -> None:
-        old = self.slots[name].tensor
-        value = torch.empty(old.shape, dtype=old.dtype).copy_(part.detach())
-        self.slots[name].put(nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value)
+    def take(self, name: str, value: Tensor, within: tuple[slice, ...] | None = None) -> None:
+        slots = self.slots[name]
+        if slots.value.is_meta:
+            whole = torch.empty(slots.tensor.shape, dtype=slots.tensor.dtype, device="cpu")
+            is_parameter = isinstance(slots.tensor, nn.Parameter)
+            slots.put(nn.Parameter(whole, slots.tensor.requires_grad) if is_parameter else whole)
+        with torch.no_grad():
+            slots.value[self.part_of(name) if within is None else within] = value
 
 
 class Values(Protocol):
