@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from omnicompile.anchors.masks import positions_restart
 from omnicompile.capture.inputs.facts import Facts, first_value
 from omnicompile.capture.inputs.types import Placeholder
 from omnicompile.errors import CaptureError, InputError
@@ -70,7 +71,7 @@ class Filled:
 class Budget:
     """What every micro-batch is filled up to. length: tokens per row. images: None without packed images. ranks: that
     whole images are dealt out to. items: of fixed size. restarts: whether positions begin anew with each sample of a
-    row; then they do so with the padding too, so that also a row of one sample has several segments."""
+    row; then they do so with the padding too, which is a sample of its own."""
 
     length: int | None
     images: PackedImages | None
@@ -85,8 +86,7 @@ class Budget:
         length = ids.shape[1] if isinstance(ids, Tensor) and ids.dim() == 2 else None
         if length is None:
             return Budget(None, None)
-        known, positions = placeholders(model), example.get("position_ids")
-        restarts = isinstance(positions, Tensor) and positions.dim() == 2 and bool((positions[:, 1:] == 0).any())
+        known, restarts = placeholders(model), positions_restart(example.get("position_ids"))
         images = _packed_images(model, example, known)
         items = fixed_items(example, known, () if images is None else (images.pixels,))
         if images is None:
@@ -146,6 +146,8 @@ class Budget:
                 )
             batch[item.name] = item.extended(batch.get(item.name), missing)
             batch["input_ids"] = _with_tail(batch["input_ids"], [item.tokens] * missing, item.token, taken)
+            if _KINDS in batch:
+                batch[_KINDS] = _with_tail(batch[_KINDS], [item.tokens] * missing, item.kind, taken)
             taken += need
         return taken
 
@@ -190,12 +192,17 @@ class Budget:
             if name in items:
                 continue
             if name == "position_ids":
-                further = torch.arange(room).expand(*value.shape[:-1], room)
-                last = further if self.restarts else value[..., -1:] + 1 + further
-                batch[name] = torch.cat([value, last], -1)
+                batch[name] = torch.cat([value, self._positions_after(value, room)], -1)
             elif value.dim() == 2 and value.shape[0] == rows:
                 tail = value.new_full((rows, room), fills.get(name, 0))
                 batch[name] = torch.cat([value, tail], -1)
+
+    def _positions_after(self, value: Tensor, room: int) -> Tensor:
+        """[..., room]: positions of padding after `value` [..., tokens]. In packed rows it is a sample of its own, of
+        which a last sample of one token is taken for the beginning; otherwise positions go on."""
+        further, last = torch.arange(room).expand(*value.shape[:-1], room), value[..., -1:]
+        running = last if value.dim() == 2 else last[:1]
+        return torch.where(running * self.restarts > 0, further, last + 1 + further)
 
 
 def _packed_images(

@@ -1,4 +1,4 @@
-"""Items of one size in a batch: images of fixed size, clips of sound, codes of images to produce."""
+"""Items of one size in a batch: images of fixed size, clips of sound or video, codes of images to produce."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from omnicompile.capture.inputs.vision import PIXELS
 from omnicompile.errors import CaptureError
 
 _SOUNDS = ("input_features", "input_values", "audio_values")
+_VIDEOS = ("pixel_values_videos",)
+_ITEM_DIMS = 4  # of a batch of images; less are rows of patches
 
 
 @dataclass(frozen=True)
 class FixedItems:
     """name: of the batch's tensor. count: of items in the budget. shape: of one. tokens: placeholders `token` that one
-    takes in the text."""
+    takes in the text. kind: what marks these in `mm_token_type_ids`."""
 
     name: str
     count: int
@@ -28,6 +30,13 @@ class FixedItems:
     dtype: torch.dtype
     token: int
     tokens: int
+    kind: int = 1
+
+    @staticmethod
+    def of(name: str, count: int, item: Tensor, token: int, tokens: int) -> FixedItems:
+        """item: one of them."""
+        kind = 3 if name in _SOUNDS else 2 if name in _VIDEOS else 1
+        return FixedItems(name, count, tuple(item.shape), item.dtype, token, tokens, kind)
 
     def missing(self, batch: Mapping[str, Any]) -> int:
         """How many items `batch` has less than the budget; negative: more."""
@@ -49,7 +58,7 @@ def placeholders(model: nn.Module) -> Mapping[str, Placeholder]:
     except CaptureError:  # a model without a Hugging Face configuration
         return {}
     found: dict[str, Placeholder] = {}
-    for modality, names in (("image", PIXELS), ("audio", _SOUNDS)):
+    for modality, names in (("image", PIXELS), ("audio", _SOUNDS), ("video", _VIDEOS)):
         token = placeholder_id(facts, modality)
         if token is not None:
             found |= {name: Placeholder(token) for name in names}
@@ -69,6 +78,8 @@ def fixed_items(
         values = example.get(name)
         if not isinstance(values, Tensor) or name in packed or values.dim() < 2 or placeholder.grid in example:
             continue
+        if name in (*PIXELS, *_VIDEOS) and values.dim() < _ITEM_DIMS:
+            continue
         count, total = values.shape[0], int((ids == placeholder.token).sum())
         if not count or not total or total % count:
             continue
@@ -76,6 +87,5 @@ def fixed_items(
             not v.is_floating_point() and v.shape[:1] == (count,) and v.shape != ids.shape for v in described.values()
         ):
             continue
-        shape = tuple(values.shape[1:])
-        found.append(FixedItems(name, count, shape, values.dtype, placeholder.token, total // count))
+        found.append(FixedItems.of(name, count, values[0], placeholder.token, total // count))
     return tuple(found)

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from functools import cache
+from itertools import accumulate
+
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from tiny_models import IMAGE, image_batch, text_batch, vision_language_model
+from torch import Tensor
+from transformers import MistralConfig, MistralForCausalLM
 
 from omnicompile.errors import InputError
+from omnicompile.lowering.graph_capture import CapturedForward, LoweredInputs, capture_forward
 from omnicompile.runtime.budget import Budget
 
 FULL = [(1, 4, 8), (1, 8, 8)]
@@ -44,3 +52,56 @@ def test_padding_on_the_left_is_refused() -> None:
     mask[0, :3] = 0
     with pytest.raises(InputError, match="pad on the right"):
         budget.fill(text_batch(0, 40) | {"attention_mask": mask})
+
+
+LENGTH = 24
+
+
+def packed_row(lengths: list[int]) -> dict[str, Tensor]:
+    ids = text_batch(sum(lengths), sum(lengths))["input_ids"]
+    return {"input_ids": ids, "labels": ids, "position_ids": torch.cat([torch.arange(n) for n in lengths])[None]}
+
+
+@cache
+def packed_graph(window: bool) -> tuple[Budget, CapturedForward, LoweredInputs]:
+    config = MistralConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, sliding_window=5 if window else None, use_cache=False,
+    )  # fmt: skip
+    model = MistralForCausalLM(config).float()
+    row = packed_row([LENGTH - 1, 1])
+    return Budget.of(model, row), *capture_forward(model, row, segments=LENGTH)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, LENGTH), min_size=1).filter(lambda found: sum(found) <= LENGTH), st.booleans())
+@example([LENGTH], False)
+@example([LENGTH], True)
+@example([LENGTH - 1], True)
+@example([1], True)
+def test_any_packed_row_runs_the_graph(lengths: list[int], window: bool) -> None:
+    """Also one sample that fills the row, which transformers gives no mask for."""
+    budget, captured, inputs = packed_graph(window)
+    filled = budget.fill(packed_row(lengths)).batch
+    assert all(value.shape == (1, LENGTH) for value in filled.values())
+    values = inputs.prepare(filled)
+    (bounds,) = {tuple(v.tolist()) for name, v in values.items() if name in captured.host and v.dtype == torch.int32}
+    ends = [0, *accumulate(lengths)]
+    want = ends if ends[-1] == LENGTH else ends[:-1] if lengths[-1] == 1 else ends
+    assert sorted({*bounds}) == sorted({*want, LENGTH})
+
+
+def test_padding_goes_on_from_a_last_token_that_is_padding_already() -> None:
+    budget, _, _ = packed_graph(False)
+    filled = budget.fill(packed_row([5, 1])).batch["position_ids"]
+    assert filled[0].tolist() == [0, 1, 2, 3, 4, *range(LENGTH - 5)]
+    filled = budget.fill(packed_row([5])).batch["position_ids"]
+    assert filled[0].tolist() == [0, 1, 2, 3, 4, *range(LENGTH - 5)]
+
+
+def test_positions_of_several_axes_begin_anew_too() -> None:
+    model, row = vision_language_model(), packed_row([9, 6])
+    axes = row["position_ids"].expand(4, 1, -1)
+    budget = Budget.of(model, row | {"position_ids": axes})
+    filled = budget.fill({k: v[..., :9] for k, v in (row | {"position_ids": axes}).items()}).batch["position_ids"]
+    assert filled.tolist() == [[[*range(9), *range(6)]]] * 4
