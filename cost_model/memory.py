@@ -13,7 +13,7 @@ bytes at a moment are a sum over blocks, each a function of that block's plan al
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -55,15 +55,26 @@ def static_memory(
     offload_optimizer: bool,
     whole_gradients: bool = False,
 ) -> StaticMemory:
-    """State of a block's parameters, those shared with another segment counted once. whole_gradients: those of sharded
-    parameters are summed over micro-steps before they are reduced."""
-    dense, expert = owned_params(segments, groups)
-    local = dense + expert
+    """State of a block's parameters, those shared with another segment counted once. trained: the block is; what the
+    model itself does not let be trained is counted as frozen there too. whole_gradients: those of sharded parameters
+    are summed over micro-steps before they are reduced."""
+    everything = sum(owned_params(segments, groups))
     if not trained:
-        return StaticMemory(local * options.param_bytes, 0.0, 0.0, 0.0)
+        return StaticMemory(everything * options.param_bytes, 0.0, 0.0, 0.0)
+    dense, expert = owned_params(segments, groups, trained=True)
+    local = dense + expert
     gradients = local * options.reduce_bytes
     if whole_gradients:
-        gradients = sum(sum(local_params(s, groups)) * s.count for s in segments) * options.reduce_bytes
+        gradients = sum(sum(local_params(s, groups, trained=True)) * s.count for s in segments) * options.reduce_bytes
+    state = _trained_state(groups, options, dense, expert, gradients, offload_optimizer)
+    return replace(state, parameters=state.parameters + (everything - local) * options.param_bytes)
+
+
+def _trained_state(
+    groups: Groups, options: StepOptions, dense: float, expert: float, gradients: float, offload_optimizer: bool
+) -> StaticMemory:
+    """State of `dense` and `expert` parameters that a rank holds and that are trained."""
+    local = dense + expert
     updated = dense / groups.states.size + expert / groups.expert_states.size
     if offload_optimizer:
         return StaticMemory(local * options.param_bytes, gradients, 0.0, updated)

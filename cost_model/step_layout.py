@@ -141,24 +141,31 @@ class Gradient:
         return self.weight or self.input
 
 
-def all_params(segment: Segment) -> tuple[int, int]:
-    """(dense, expert) parameters that one instance reads, shared ones included."""
-    expert = sum(p.numel for p in segment.params if p.expert)
-    return sum(p.numel for p in segment.params) - expert, expert
+def all_params(segment: Segment, trained: bool = False) -> tuple[int, int]:
+    """(dense, expert) parameters that one instance reads, shared ones included. trained: only those that the model lets
+    be trained."""
+    params = [p for p in segment.params if p.trained or not trained]
+    expert = sum(p.numel for p in params if p.expert)
+    return sum(p.numel for p in params) - expert, expert
 
 
-def local_params(segment: Segment, groups: Groups) -> tuple[float, float]:
+def local_params(segment: Segment, groups: Groups, trained: bool = False) -> tuple[float, float]:
     """(dense, expert) parameters of one instance, shared ones included, that one rank works with."""
-    dense, expert = all_params(segment)
+    dense, expert = all_params(segment, trained)
     return dense / groups.tensor.size, expert / groups.experts.size / groups.expert_tensor.size
 
 
-def owned_params(segments: Sequence[Segment], groups: Groups, instances: int | None = None) -> tuple[float, float]:
-    """(dense, expert) parameters of all instances (or of so many), each counted once, whose shards a rank holds."""
+def owned_params(
+    segments: Sequence[Segment], groups: Groups, instances: int | None = None, trained: bool = False
+) -> tuple[float, float]:
+    """(dense, expert) parameters of all instances (or of so many), each counted once, whose shards a rank holds.
+    trained: only those that the model lets be trained."""
     dense = expert = 0.0
     for segment in segments:
         count = segment.count if instances is None else instances
-        expert += segment.expert_param_count * count
-        dense += (segment.param_count - segment.expert_param_count) * count
+        own = [p for p in segment.params if not p.tied_to and (p.trained or not trained)]
+        experts = sum(p.numel for p in own if p.expert)
+        expert += experts * count
+        dense += (sum(p.numel for p in own) - experts) * count
     dense /= groups.tensor.size * groups.shard.size
     return dense, expert / (groups.experts.size * groups.expert_tensor.size * groups.expert_shard.size)

@@ -58,7 +58,7 @@ def _head_peaks(
     # bytes as were measured: there Inductor writes the gradient over the logits.
     logits = rows * vocabulary * ACTIVATION_BYTES
     # The weight's gradient, which is counted besides, exists only when the logits are gone.
-    later = local_params(segment, groups)[0] * options.param_bytes if gradient.weight else 0.0
+    later = local_params(segment, groups, trained=True)[0] * options.param_bytes if gradient.weight else 0.0
     return 2 * logits, max(2 * logits - later, logits)
 
 

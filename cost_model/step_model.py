@@ -286,8 +286,9 @@ class StepModel:
 def segment_gradients(program: Program, frozen: frozenset[str]) -> dict[str, Gradient]:
     """What each segment's backward must produce.
 
-    A weight gradient if its block is trained and it has parameters. An input gradient if something trained lies
-    upstream: an earlier segment of the block, or (an embedding reads no activations) a block that feeds this one.
+    A weight gradient if its block is trained and it has parameters that the model lets be trained. An input gradient if
+    something trained lies upstream: an earlier segment of the block, or (an embedding reads no activations) a block
+    that feeds this one.
     """
     upstream = _trained_upstream(program, frozen)
     order = list(dict.fromkeys(run.segment for run in program.runs))
@@ -296,7 +297,7 @@ def segment_gradients(program: Program, frozen: frozenset[str]) -> dict[str, Gra
     started: set[str] = set()
     for name in order:
         segment = program.segment(name)
-        weight = segment.block not in frozen and bool(segment.params)
+        weight = segment.block not in frozen and segment.trains
         flows = segment.block in started or (segment.block in upstream and segment.role != "embed")
         result[name] = Gradient(weight=weight, input=flows)
         if weight:
@@ -306,7 +307,7 @@ def segment_gradients(program: Program, frozen: frozenset[str]) -> dict[str, Gra
 
 def _trained_upstream(program: Program, frozen: frozenset[str]) -> set[str]:
     """Blocks that receive activations from anything trained."""
-    trains = {s.block for s in program.segments if s.params and s.block not in frozen}
+    trains = {s.block for s in program.segments if s.trains and s.block not in frozen}
     reached: set[str] = set()
     pending = [b.name for b in program.blocks if b.name in trains]
     while pending:

@@ -179,7 +179,7 @@ def unit_weights(
         gather, refresh, reduce, once = (), (*gather, *refresh), (), (*reduce, *once)
     # Other stacks keep a copy of whole parameters in compute precision, and add gradients up where they are reduced.
     casts = not groups.resident or options.stack == OURS
-    reducing = _passing(segment, groups, options.param_bytes, options.reduce_bytes)
+    reducing = _passing(segment, groups, options.param_bytes, options.reduce_bytes, trained=True)
     return UnitWeights(
         gather=gather,
         regather=plan.reshard and gradient.any,
@@ -192,7 +192,7 @@ def unit_weights(
         staged=gathered * collective.gather_copies,
         gradients=_whole_gradients(segment, groups, options.param_bytes if gradient.weight else 0),
         reducing=reducing * max(1.0, collective.reduce_copies) if gradient.weight else 0.0,
-        owned=sum(owned_params([segment], groups, 1)) * options.reduce_bytes if gradient.weight else 0.0,
+        owned=sum(owned_params([segment], groups, 1, trained=True)) * options.reduce_bytes if gradient.weight else 0.0,
         once=once,
         refresh=refresh,
     )
@@ -200,18 +200,18 @@ def unit_weights(
 
 def _whole_gradients(segment: Segment, groups: Groups, nbytes: int) -> tuple[float, ...]:
     """Bytes at each backward point, `nbytes` an element. A head has those of its weight when its logits are gone."""
-    dense, expert = local_params(segment, groups)
+    dense, expert = local_params(segment, groups, trained=True)
     if segment.logits is not None:
         return ((dense + expert) * nbytes,) * len(segment.backward)
     return tuple((dense * point.dense + expert * point.expert) * nbytes for point in segment.backward)
 
 
-def _passing(segment: Segment, groups: Groups, before: int, after: int) -> float:
+def _passing(segment: Segment, groups: Groups, before: int, after: int, trained: bool = False) -> float:
     """Bytes of one instance's parameters that a sharded block has for a while: those that are gathered or reduced, and
     a rank's own experts where they are cast from `before` to `after` bytes an element."""
     if groups.resident:
         return 0.0
-    dense, expert = local_params(segment, groups)
+    dense, expert = local_params(segment, groups, trained)
     return (dense + (0.0 if groups.expert_shard.trivial and before == after else expert)) * after
 
 
@@ -253,14 +253,17 @@ def _reductions(segment: Segment, gradient: Gradient, groups: Groups, options: S
     """Gradient reductions of a micro-step; sums over replicas come after the last one (`replica_sums`)."""
     if not gradient.weight:
         return ()
-    return _whole_params("reduce_scatter", segment, groups, options.reduce_bytes, prices)
+    return _whole_params("reduce_scatter", segment, groups, options.reduce_bytes, prices, trained=True)
 
 
-def _whole_params(kind: str, segment: Segment, groups: Groups, width: int, prices: Prices) -> Chain:
+def _whole_params(
+    kind: str, segment: Segment, groups: Groups, width: int, prices: Prices, trained: bool = False
+) -> Chain:
     """A collective over the parameters of one instance, `width` bytes an element, and one over its experts."""
-    dense, expert = local_params(segment, groups)
-    experts = sum(param.expert for param in segment.params)
-    others = len(segment.params) - experts
+    dense, expert = local_params(segment, groups, trained)
+    params = [param for param in segment.params if param.trained or not trained]
+    experts = sum(param.expert for param in params)
+    others = len(params) - experts
     return prices.collective(kind, dense * width, groups.shard, tensors=others) + prices.collective(
         kind, expert * width, groups.expert_shard, tensors=experts
     )
@@ -284,7 +287,7 @@ def packed_bytes(segments: Sequence[Segment], groups: Groups, options: StepOptio
 
 def _summed_bytes(segments: Sequence[Segment], groups: Groups, options: StepOptions) -> float:
     """Of the gradients of a rank that others have too."""
-    dense, expert = owned_params(segments, groups)
+    dense, expert = owned_params(segments, groups, trained=True)
     summed = (0.0 if groups.replica.trivial else dense) + (0.0 if groups.expert_replica.trivial else expert)
     return summed * options.reduce_bytes
 
@@ -293,7 +296,7 @@ def _sums(
     segments: Sequence[Segment], groups: Groups, options: StepOptions, prices: Prices, instances: int | None = None
 ) -> Chain:
     """Sums over replicas; where the optimizer's state is dealt out among some of them, each of those sums a part."""
-    dense, expert = owned_params(segments, groups, instances)
+    dense, expert = owned_params(segments, groups, instances, trained=True)
     width = options.reduce_bytes
     return _sum(dense * width, groups.replica, groups.states, prices) + _sum(
         expert * width, groups.expert_replica, groups.expert_states, prices
@@ -314,7 +317,7 @@ def _refreshes(
 ) -> Chain:
     if not groups.zero1:
         return ()
-    dense, expert = owned_params(segments, groups, instances)
+    dense, expert = owned_params(segments, groups, instances, trained=True)
     gathers = _refresh(dense * options.param_bytes, groups.states, prices)
     return gathers + _refresh(expert * options.param_bytes, groups.expert_states, prices)
 
@@ -332,6 +335,8 @@ def _casts(segment: Segment, groups: Groups, before: int, after: int, shards: bo
         return 0.0
     seconds = 0.0
     for param in segment.params:
+        if not (param.trained or shards):  # what is not trained is brought to compute precision, and has no gradient
+            continue
         numel = param.numel / (groups.experts.size * groups.expert_tensor.size if param.expert else groups.tensor.size)
         if shards:
             numel /= (groups.expert_shard if param.expert else groups.shard).size

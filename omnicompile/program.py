@@ -124,6 +124,7 @@ class Param:
     shape: tuple[int, ...]
     expert: bool = False  # the leading dimension is the expert dimension
     tied_to: str = ""  # name of the parameter that this one shares its storage with, if any
+    trained: bool = True  # False where the model itself says that it requires no gradient
 
     @property
     def numel(self) -> int:
@@ -194,6 +195,11 @@ class Segment:
     @property
     def expert_param_count(self) -> int:
         return sum(p.numel for p in self.params if p.expert and not p.tied_to)
+
+    @property
+    def trains(self) -> bool:
+        """Whether any of its parameters is trained, as far as the model itself says."""
+        return any(p.trained for p in self.params)
 
     def phase_ops(self, phase: Phase) -> tuple[Op, ...]:
         return tuple(op for op in self.ops if op.phase == phase)

@@ -41,10 +41,12 @@ _EXPERT_WEIGHTS = frozenset({"omnicompile.grouped_mm.default", "omnicompile.expe
 
 @dataclass
 class _Names:
-    """Parameter names: `canonical` maps every name to the first one that shares its storage."""
+    """Parameter names: `canonical` maps every name to the first one that shares its storage. untrained: those of
+    parameters that the model says require no gradient."""
 
     shapes: dict[str, tuple[int, ...]]
     canonical: dict[str, str]
+    untrained: frozenset[str]
 
     @staticmethod
     def of(model: nn.Module) -> _Names:
@@ -53,7 +55,8 @@ class _Names:
         for name, param in model.named_parameters(remove_duplicate=False):
             shapes[name] = tuple(param.shape)
             canonical[name] = first.setdefault(id(param), name)
-        return _Names(shapes, canonical)
+        every = model.named_parameters(remove_duplicate=False)
+        return _Names(shapes, canonical, frozenset(name for name, param in every if not param.requires_grad))
 
 
 def build_program(
@@ -72,7 +75,7 @@ def build_program(
     # Leading dimensions of inputs are workload sizes; what parameters are made of is the model's.
     reader = SizeReader(sizes, {d for shape in names.shapes.values() for d in shape})
     mode = _fake_mode(traced)
-    differentiable = needs_gradient(traced)
+    differentiable = needs_gradient(traced, names.untrained)
     claimed: dict[str, str] = {}
     segments: list[Segment] = []
     for region in regions.regions:
@@ -190,7 +193,8 @@ def _params(
         shared = names.canonical[name]
         tied = shared if claimed.setdefault(shared, region.name) != region.name or shared != name else ""
         tied = tied if (tied and tied != name) or claimed[shared] != region.name else ""
-        result.append(Param(name, names.shapes[name], expert=name in expert, tied_to=tied))
+        trained = name not in names.untrained
+        result.append(Param(name, names.shapes[name], expert=name in expert, tied_to=tied, trained=trained))
     if region.kind is not None:
         for path in instance_paths(region.kind, repeats):
             for name in own:
@@ -218,7 +222,7 @@ def _idle(names: _Names, claimed: dict[str, str], regions: Regions) -> list[Segm
     if not unused:
         return []
     block = regions.blocks[-1]
-    params = tuple(Param(n, names.shapes[n]) for n in unused)
+    params = tuple(Param(n, names.shapes[n], trained=n not in names.untrained) for n in unused)
     return [
         Segment(
             name=f"{block}.idle",

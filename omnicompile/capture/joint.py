@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,8 +51,12 @@ class JointGraph:
     outer: dict[fx.Node, fx.Node] = field(default_factory=dict)
 
 
-def needs_gradient(traced: TracedForward) -> set[fx.Node]:
-    """Nodes whose value depends on a trainable parameter through floating-point operators."""
+def needs_gradient(traced: TracedForward, untrained: Collection[str] = ()) -> set[fx.Node]:
+    """Parameters that are trained, and results that depend on any parameter through floating-point operators.
+
+    A result of parameters in `untrained` alone is among them: layers of one kind are traced once, the first of them may
+    read such a result and the next ones not. Whether its gradient is needed is for the price to say.
+    """
     found: set[fx.Node] = set()
     for node in traced.graph.graph.nodes:
         if node.op == "placeholder":
@@ -64,7 +68,7 @@ def needs_gradient(traced: TracedForward) -> set[fx.Node]:
             floats = any(isinstance(v, Tensor) and v.is_floating_point() for v in parts)
             if floats and any(i in found for i in node.all_input_nodes):
                 found.add(node)
-    return found
+    return {node for node in found if traced.params.get(node.name) not in untrained}
 
 
 def extract(region: Region) -> SegmentGraph:

@@ -88,7 +88,7 @@ def _scalar_attributes(module: nn.Module, position: int) -> list[tuple[str, str]
 
 
 def structure_keys(candidates: dict[str, tuple[nn.Module, int, int]]) -> dict[str, str]:
-    """A digest per layer of its module tree, parameter shapes and plain attributes.
+    """A digest per layer of its module tree, its parameters (shapes, whether trained) and plain attributes.
 
     An integer attribute that counts up with the position in its list (a `layer_idx`) says nothing about structure and
     is left out: it takes a different value in every member of the list.
@@ -98,7 +98,7 @@ def structure_keys(candidates: dict[str, tuple[nn.Module, int, int]]) -> dict[st
     members: dict[int, list[str]] = {}
     for path, (module, position, number) in candidates.items():
         tree = [(n, type(m).__qualname__, m.training) for n, m in module.named_modules()]
-        tensors = [(n, tuple(t.shape), str(t.dtype)) for n, t in module.named_parameters()]
+        tensors = [(n, tuple(t.shape), str(t.dtype), t.requires_grad) for n, t in module.named_parameters()]
         buffers = [(n, tuple(t.shape)) for n, t in module.named_buffers()]
         shapes[path] = repr((tree, tensors, buffers))
         attributes[path] = dict(_scalar_attributes(module, position))

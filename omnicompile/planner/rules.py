@@ -196,8 +196,9 @@ def _expert_refusal(program: Program, mesh: Mesh, name: str, plan: BlockPlan) ->
 
 
 def frozen_blocks(program: Program, freeze: tuple[str, ...]) -> frozenset[str]:
-    """Blocks that the workload does not train. Raises PlanError for a name that is no block."""
-    frozen: set[str] = set()
+    """Blocks that the workload does not train, and those none of whose parameters the model itself lets be trained.
+    Raises PlanError for a name that is no block."""
+    frozen = {b.name for b in program.blocks if not _trains(program, b.name)}
     names = {b.name for b in program.blocks}
     for entry in freeze:
         if entry == "encoders":
@@ -207,6 +208,12 @@ def frozen_blocks(program: Program, freeze: tuple[str, ...]) -> frozenset[str]:
         else:
             raise PlanError(f'cannot freeze {entry!r}: blocks are {", ".join(sorted(names))} (or "encoders")')
     return frozenset(frozen)
+
+
+def _trains(program: Program, block: str) -> bool:
+    """Whether the model lets anything of a block be trained. A block without parameters counts as trained."""
+    segments = [s for s in program.block_segments(block) if s.params]
+    return not segments or any(s.trains for s in segments)
 
 
 def plan_refusals(program: Program, plan: Plan) -> Iterator[str]:
@@ -233,7 +240,8 @@ def plan_refusals(program: Program, plan: Plan) -> Iterator[str]:
         if reason := block_refusal(program, plan.mesh, name, block):
             yield reason
         if block.frozen != (name in frozen):
-            yield f"{name}: frozen={block.frozen}, but the workload says {name in frozen}"
+            why = "the workload says" if _trains(program, name) else "by the model's own requires_grad it is"
+            yield f"{name}: frozen={block.frozen}, but {why} {name in frozen}"
 
 
 def check_plan(program: Program, plan: Plan) -> None:

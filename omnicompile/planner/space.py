@@ -55,7 +55,9 @@ class Space:
         self.frozen = frozen_blocks(self.program, self.workload.freeze)
         for name, pinned in self.pins.blocks.items():
             if pinned.get("frozen", name in self.frozen) != (name in self.frozen):
-                raise PlanError(f"pin {name}.frozen: what is frozen is part of the workload (--freeze)")
+                raise PlanError(
+                    f"pin {name}.frozen: what is frozen is part of the workload (--freeze) and of the model"
+                )
         for key in ("param_dtype", "reduce_dtype"):
             if self.pins.step.get(key, "bfloat16") not in DTYPE_BYTES:
                 raise PlanError(f"pin {key}={self.pins.step[key]}: must be one of {', '.join(DTYPE_BYTES)}")

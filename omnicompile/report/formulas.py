@@ -30,8 +30,9 @@ def block_formulas(program: Program, block: Block) -> dict[str, Expr]:
     """FLOPs and bytes of one micro-step on one rank whose block is split over sp (1 for another layout), with fsdp.
 
     forward / backward FLOPs: attention in full, without the causal discount. saved: bytes kept for the backward, by
-    recompute policy. state: float32 weights, two Adam moments and float32 gradients. gathered: the largest layer's
-    weights in bfloat16. all-gather: bytes of all weights gathered once.
+    recompute policy. state: float32 weights, two Adam moments and float32 gradients; bfloat16 weights alone of what the
+    model does not let be trained. gathered: the largest layer's weights in bfloat16. all-gather: bytes of all weights
+    gathered once.
     """
     segments = program.block_segments(block.name)
     formulas = {
@@ -45,7 +46,9 @@ def block_formulas(program: Program, block: Block) -> dict[str, Expr]:
     expert = sum(s.expert_param_count * s.count for s in segments)
     dense = sum(s.param_count * s.count for s in segments) - expert
     ranks = DP_REPLICATE * DP_SHARD * SP
-    formulas["state bytes"] = (MASTER_AND_ADAM + GRADIENT) * sympy.Integer(dense + expert) / ranks
+    untrained = sum(p.numel * s.count for s in segments for p in s.params if not (p.trained or p.tied_to))
+    state = (MASTER_AND_ADAM + GRADIENT) * (dense + expert - untrained) + COMPUTE * untrained
+    formulas["state bytes"] = sympy.Integer(state) / ranks
     formulas["gathered bytes"] = sympy.Max(
         *(
             COMPUTE * ((s.param_count - s.expert_param_count) + sympy.Integer(s.expert_param_count) / EP)

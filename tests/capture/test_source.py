@@ -91,6 +91,22 @@ def test_the_digest_follows_every_local_file(tmp_path: Path) -> None:
     assert len({first, second, load_model_source(path + ":build").source_digest}) == 2
 
 
+def test_the_digest_follows_the_data_files_that_the_source_names(tmp_path: Path) -> None:
+    """Those beside them too: a declaration may extend another."""
+    (tmp_path / "omni").mkdir()
+    (tmp_path / "omni" / "model.yaml").write_text("extends: base.yaml\n")
+    (tmp_path / "omni" / "base.yaml").write_text("width: 4\n")
+    text = 'from pathlib import Path\n\nHERE = Path(__file__).parent / "omni"\n\n\ndef build():\n'
+    path = write(tmp_path / "net.py", text + '    return (HERE / "model.yaml").read_text()\n')
+    first = load_model_source(path).source_digest
+    assert first == load_model_source(path).source_digest
+    (tmp_path / "other.yaml").write_text("of another model\n")
+    (tmp_path / "omni" / "notes.txt").write_text("no data\n")
+    assert load_model_source(path).source_digest == first
+    (tmp_path / "omni" / "base.yaml").write_text("width: 5\n")
+    assert load_model_source(path).source_digest != first
+
+
 @pytest.mark.parametrize("named", ["config.json", "."])
 def test_a_config_file_or_its_directory(tmp_path: Path, named: str) -> None:
     write_config(tmp_path / "config.json", LLAMA)

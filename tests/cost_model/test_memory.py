@@ -159,3 +159,47 @@ def test_a_backend_that_stages_collectives_needs_more() -> None:
     assert plain["staged"] == 0 and staged["staged"] == 1.5 * plain["gathered"]
     assert staged["reducing"] == plain["reducing"] > 0
     assert bytes_with(reduce_copies=2.0)["reducing"] == 2 * plain["reducing"]
+
+
+@pytest.mark.parametrize("sharding", [Sharding.FSDP, Sharding.HSDP, Sharding.REPLICATE])
+def test_parameters_that_the_model_does_not_train_have_weights_only(sharding: Sharding) -> None:
+    """As of adapters: every layer has some, and the optimizer knows of the others alone."""
+    whole = synthetic.moe_lm()
+    program = synthetic.untrained(whole, {"experts", "qkv", "embed", "lm_head"})
+    plan = make_plan(whole, Mesh(dp_replicate=2, dp_shard=8), sharding=sharding)
+    trained = sum(p.numel * s.count for s in program.segments for p in s.params if p.trained)
+    shards = {Sharding.FSDP: 16, Sharding.HSDP: 8, Sharding.REPLICATE: 1}[sharding]
+    copy = 2 if shards == 1 else 0
+    frozen = whole.param_count - trained
+    assert 0 < trained < frozen
+    assert state(program, plan) == pytest.approx(
+        {
+            "parameters": (trained * (4 + copy) + frozen * 2) / shards,
+            "gradients": 4 * trained / shards,
+            "optimizer": 8 * trained / shards,
+        }
+    )
+
+
+def test_gradients_of_untrained_parameters_are_not_reduced() -> None:
+    whole = synthetic.dense_lm()
+    program = synthetic.untrained(whole, {"up", "down", "qkv"})
+    plan = make_plan(whole, Mesh(dp_shard=16))
+    before, after = (StepModel(p, CLUSTER).plan_blocks(plan)["text"].units["text.layers"] for p in (whole, program))
+    layer = next(s for s in program.segments if s.role == "layer")
+    share = sum(p.numel for p in layer.params if p.trained) / layer.param_count
+    assert after.weights.gathered == before.weights.gathered
+    assert after.weights.owned == pytest.approx(share * before.weights.owned)
+    assert after.weights.reducing == pytest.approx(share * before.weights.reducing)
+    assert max(after.weights.gradients) == pytest.approx(share * max(before.weights.gradients))
+    assert sum(p.seconds for p in after.weights.reduce) < sum(p.seconds for p in before.weights.reduce)
+    assert after.weights.gather == before.weights.gather
+
+
+def test_a_block_that_the_model_does_not_train_costs_what_a_frozen_one_costs() -> None:
+    whole = synthetic.vision_language_7b()
+    plan = make_plan(whole, Mesh(dp_shard=16))
+    frozen = replace(plan, blocks=plan.blocks | {"vision": replace(plan.blocks["vision"], frozen=True)})
+    stated = synthetic.untrained(whole, set(), block="vision")
+    tables = [table(program, p, StepModel(program, CLUSTER)) for program, p in ((stated, plan), (whole, frozen))]
+    assert np.array_equal(*tables)

@@ -302,6 +302,15 @@ def omni_moe(seq_len: int = 16384) -> Program:
     return with_encoder(with_encoder(moe_lm(seq_len), vision, "I", 4, sample), audio, "C", 2, sample)
 
 
+def untrained(program: Program, names: set[str], block: str = "") -> Program:
+    """The program of a model that does not let parameters of these names, and all of `block`, be trained."""
+    segments = tuple(
+        replace(s, params=tuple(replace(p, trained=s.block != block and p.name not in names) for p in s.params))
+        for s in program.segments
+    )
+    return replace(program, segments=segments)
+
+
 def random_program(seed: int) -> Program:
     """A small program whose weights or activations may or may not fit."""
     rng = random.Random(seed)

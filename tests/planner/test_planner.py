@@ -182,6 +182,26 @@ def test_freezing_encoders_saves_memory_and_time() -> None:
     assert frozen.memory_total < trained.memory_total
 
 
+def test_a_block_that_the_model_does_not_train_is_planned_as_frozen() -> None:
+    program = synthetic.vision_language_7b()
+    stated = synthetic.untrained(program, set(), block="vision")
+    plan, frozen = best(stated, Cluster(8)), best(program, Cluster(8), Workload(8192, freeze=("vision",)))
+    assert plan.blocks["vision"].frozen and plan.workload.freeze == ()
+    assert dataclasses.replace(plan, workload=frozen.workload) == frozen
+    trained = {name: dataclasses.replace(block, frozen=False) for name, block in plan.blocks.items()}
+    with pytest.raises(PlanError, match="by the model's own requires_grad it is True"):
+        simulate(stated, dataclasses.replace(plan, blocks=trained))
+
+
+def test_adapters_leave_room_that_a_whole_model_does_not() -> None:
+    """Of parameters that the model does not train there is no gradient and no optimizer state."""
+    program = synthetic.vision_language_72b()
+    with pytest.raises(InfeasibleError):
+        best(program, Cluster(4))
+    names = {p.name for s in program.segments for p in s.params} - {"norm"}
+    assert predicted(best(synthetic.untrained(program, names), Cluster(4))).fits
+
+
 def test_simulate_refuses_what_cannot_run() -> None:
     program = synthetic.vision_language_7b()
     blocks = {name: BlockPlan(Sharding.FSDP) for name in ("vision", "text")}
