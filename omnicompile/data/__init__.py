@@ -1,7 +1,8 @@
 """Samples packed into micro-batches of a fixed budget, every one exactly once per epoch."""
 
-from omnicompile.data.budget import Budget, Size, attention_weights, suggest_budget
+from omnicompile.data.budget import Budget, ItemBudget, Size, attention_weights, suggest_budget
 from omnicompile.data.encode import Encoded, ProcessorEncoder
+from omnicompile.data.items import ItemTokens
 from omnicompile.data.loader import PackedLoader, Step, make_loader
 from omnicompile.data.policy import Policy
 from omnicompile.data.read import sample_sizes
@@ -13,6 +14,8 @@ __all__ = [
     "Budget",
     "DatasetSource",
     "Encoded",
+    "ItemBudget",
+    "ItemTokens",
     "JsonLines",
     "PackedLoader",
     "Policy",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from omnicompile.capture.inputs.facts import Facts
 from omnicompile.capture.inputs.text import Text, rope_positions
+from omnicompile.capture.inputs.types import StatesInputs
 from omnicompile.data.budget import PAD_TOKENS
 from omnicompile.data.encode import IDS, IGNORE, KINDS, LABELS, Encoded
 from omnicompile.errors import InputError
@@ -47,7 +48,8 @@ class Assembler:
                 f"{type(model).__name__} has layers ({', '.join(mixed)}) that carry a state from one sample of a row "
                 "into the next: samples cannot be packed"
             )
-        return Assembler(model, facts.arguments)
+        stated = model.placeholders() if isinstance(model, StatesInputs) else {}
+        return Assembler(model, facts.arguments | stated.keys())
 
     def row(self, samples: Sequence[Encoded]) -> dict[str, Any]:
         """One micro-batch. All int tensors along the tokens are [1, tokens], the padding at the end included; position

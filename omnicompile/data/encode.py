@@ -55,12 +55,17 @@ class Encoded:
 
     @property
     def size(self) -> Size:
-        grids = [self.features[name] for name in GRIDS if name in self.features]
-        images = [int(n) for grid in grids for n in grid.prod(-1).tolist()]
-        rows = sum(self.features[name].shape[0] for name in PATCHES if name in self.features)
-        if grids and sum(images) != rows:
+        packed = {n: self.features[grid] for n, grid in zip(PATCHES, GRIDS) if grid in self.features}
+        images = [int(n) for grid in packed.values() for n in grid.prod(-1).tolist()]
+        rows = sum(self.features[name].shape[0] for name in packed if name in self.features)
+        if packed and sum(images) != rows:
             raise BadSample(f"its images have {rows} patches, its grids say {sum(images)}")
-        return Size(len(self.ids), tuple(images) if grids else (1,) * rows, *self._frames())
+        items = [
+            (name, value.shape[0])
+            for name, value in sorted(self.features.items())
+            if value.is_floating_point() and value.dim() > 1 and name not in packed
+        ]
+        return Size(len(self.ids), tuple(images), *self._frames(), tuple(items))
 
     def _frames(self) -> tuple[int, int]:
         """Frames that are no padding, and clips."""

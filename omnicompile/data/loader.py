@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch.distributed as dist
@@ -14,6 +15,7 @@ from omnicompile.data.assemble import Assembler
 from omnicompile.data.balance import Weights, attention_cost, deal, deal_in_order, exchange
 from omnicompile.data.budget import Budget, attention_weights
 from omnicompile.data.encode import IGNORE, LABELS, Encoded, Encoder, ProcessorEncoder
+from omnicompile.data.items import dummy_items
 from omnicompile.data.measure import Measured
 from omnicompile.data.packing import Item, Pack, fill
 from omnicompile.data.planner import StepPlanner
@@ -25,7 +27,7 @@ from omnicompile.errors import InputError
 from omnicompile.runtime.budget import Budget as RowBudget
 from omnicompile.runtime.budget import PackedImages
 
-_PIXELS = "pixel_values"
+_PIXELS, _GRID = "pixel_values", "image_grid_thw"
 
 
 @dataclass(frozen=True)
@@ -155,14 +157,23 @@ class PackedLoader:
 
     def example_batch(self) -> dict[str, Any]:
         """A micro-batch of exactly the budget, the same on every rank: what `parallelize` takes. Its segments are
-        `budget.segments`. Reads samples until one has images, if the budget has patches."""
+        `budget.segments`. Reads samples until there was one with what the budget has beside text."""
         samples = (part for number in range(len(self._planner.source)) for part in self._reader[number].parts)
         return filled(self._assembler, self._planner.budget, samples)
 
 
 def filled(assembler: Assembler, budget: Budget, samples: Iterator[Encoded]) -> dict[str, Any]:
-    """A row of the first of `samples` that has what the budget holds, filled up as ParallelModule does."""
-    found = next((s for s in samples if not budget.patches or _PIXELS in s.features), None)
+    """A row of the first of `samples` (with images, where the budget has patches), filled up as ParallelModule does."""
+    read: list[Encoded] = []
+
+    def kept() -> Iterator[Encoded]:
+        for sample in samples:
+            read.append(sample)
+            yield sample
+
+    following = kept()
+    items = dummy_items(assembler.model, budget, following)
+    found = next((s for s in chain(list(read), following) if not budget.patches or _GRID in s.features), None)
     if found is None:
         raise InputError(
             f"the budget has {budget.patches} patches, but no sample has images: plan without images, or give others"
@@ -175,7 +186,7 @@ def filled(assembler: Assembler, budget: Budget, samples: Iterator[Encoded]) -> 
                 "the budget has patches, but the model takes no images as rows of patches with their grids"
             )
         images = PackedImages(budget.patches, pixels.shape[1], budget.merge, token, pixels.dtype)
-    return RowBudget(budget.tokens, images, budget.parts).fill(row).batch
+    return RowBudget(budget.tokens, images, budget.parts, items).fill(row).batch
 
 
 def make_loader(

@@ -13,7 +13,7 @@ import numpy as np
 from omnicompile.data.budget import Budget, Size
 
 _SCALE = 1 << 12  # shares of the budget are whole numbers of 1 / _SCALE
-_COUNTED = 3  # text tokens, patches, frames: what a pack should be full of; segments only bound it
+_BOUNDS = 2  # the last of what the budget has: segments and images, of which a pack need not be full
 _ROUNDS = 8
 _TAIL = 3  # the last 1 / _TAIL of a budget is filled by what fits best
 
@@ -49,7 +49,7 @@ def _one_pack(needs: np.ndarray, room: np.ndarray) -> list[int]:
     for index in np.flatnonzero(free):
         if not (needs[index] <= rest).all():
             continue
-        if (_shares(rest - needs[index], room) < _SCALE // _TAIL)[room[:_COUNTED] > 0].any():
+        if (_shares(rest - needs[index], room) < _SCALE // _TAIL)[room[:-_BOUNDS] > 0].any():
             break
         chosen.append(int(index))
         free[index] = False
@@ -67,7 +67,7 @@ def _one_pack(needs: np.ndarray, room: np.ndarray) -> list[int]:
 
 def _shares(values: np.ndarray, room: np.ndarray) -> np.ndarray:
     """Of the counted dimensions, in 1 / _SCALE of the budget."""
-    return values[..., :_COUNTED] * _SCALE // np.maximum(room[:_COUNTED], 1)
+    return values[..., :-_BOUNDS] * _SCALE // np.maximum(room[:-_BOUNDS], 1)
 
 
 def _alignment(needs: np.ndarray, rest: np.ndarray, room: np.ndarray) -> np.ndarray:
@@ -138,11 +138,11 @@ def greedy(buffer: Sequence[Item], budget: Budget) -> list[Pack]:
 
 
 def fill(packs: Sequence[Pack], budget: Budget) -> dict[str, float]:
-    """Real tokens, patches and frames as shares of what the budgets of `packs` hold; padding does not count."""
+    """Real tokens, patches, frames and items as shares of what the budgets of `packs` hold; padding does not count."""
     sizes = [item.size for pack in packs for item in pack]
     totals = {
         "tokens": (budget.tokens, sum(s.tokens for s in sizes)),
         "patches": (budget.patches, sum(s.patches for s in sizes)),
         "frames": (budget.frames, sum(s.frames for s in sizes)),
-    }
+    } | {item.word: (item.count, sum(s.count(item.name) for s in sizes)) for item in budget.items}
     return {name: real / (room * max(len(packs), 1)) for name, (room, real) in totals.items() if room}

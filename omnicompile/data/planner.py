@@ -68,13 +68,13 @@ class StepPlanner:
     def _items(self, epoch: int, number: int, read: Read) -> list[Item]:
         where = self.source.where(number)
         if read.error:
-            raise InputError(f"{where}: {read.error}")
+            raise InputError(read.error if read.error.startswith(where) else f"{where}: {read.error}")
         if read.bad:
-            return self._skip("bad", self.bad, where, read.bad, "mend or remove it, or skip such samples (bad='skip')")
+            return self._skip("bad", self.bad, where, read.bad, "mend or remove it, or skip such samples (bad: skip)")
         if read.long:
             split = " and cannot be split" if self.over_long is Policy.SPLIT else ""
             reason = f"the sample is over the budget{split}: {read.long}"
-            remedy = "raise the budget, or split or skip such samples (over_long='split' or 'skip')"
+            remedy = "raise the budget, or split or skip such samples (over_long: split, or skip)"
             return self._skip("over_long", self.over_long, where, reason, remedy)
         return [Item((epoch, number, part), size) for part, size in enumerate(read.sizes)]
 

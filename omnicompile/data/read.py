@@ -157,18 +157,24 @@ def sizes_only(read: Read) -> Read:
     return replace(read, parts=())
 
 
-def sample_sizes(source: Source, encoder: Encoder, count: int, bad: Policy = Policy.REFUSE) -> list[Size]:
-    """Sizes of `count` samples of a source, evenly spread over it, for `suggest_budget`; the same on every rank. Raises
-    InputError for a source of mixed form, and, by the policy, for a sample that cannot be read."""
-    kind, found = first_kind(source, bad), []
+def sample_encoded(source: Source, encoder: Encoder, count: int, bad: Policy = Policy.REFUSE) -> Iterator[Encoded]:
+    """`count` samples of a source, evenly spread over it; the same on every rank. Raises InputError for a source of
+    mixed form, and, by the policy, for a sample that cannot be read."""
+    kind = first_kind(source, bad)
     for place in range(min(count, len(source))):
         number = place * len(source) // min(count, len(source))
         try:
-            given = encoder(to_sample(source[number], kind, source.where(number)))
-            found.append(Encoded.of(given).size)
+            found = Encoded.of(encoder(to_sample(source[number], kind, source.where(number))))
+            found.size  # noqa: B018  (checks it)
         except BadSample as reason:
             if bad is Policy.REFUSE:
                 raise InputError(
                     f"{source.where(number)}: {reason}; mend or remove it, or skip such samples"
                 ) from reason
-    return found
+            continue
+        yield found
+
+
+def sample_sizes(source: Source, encoder: Encoder, count: int, bad: Policy = Policy.REFUSE) -> list[Size]:
+    """Sizes of `sample_encoded`, for `suggest_budget`."""
+    return [encoded.size for encoded in sample_encoded(source, encoder, count, bad)]

@@ -29,7 +29,7 @@ def split(encoded: Encoded, budget: Budget) -> list[Encoded]:
     """`encoded` in as few consecutive parts as fit. The first token of each part is no target: what it would be
     predicted from is in the part before. Raises BadSample where an image alone is over the budget, and for features
     other than packed images, whose places in the text are not known."""
-    unknown = sorted(set(encoded.features) - {_PIXELS, _GRID})
+    unknown = sorted(set(encoded.features) - ({_PIXELS, _GRID} if _GRID in encoded.features else set()))
     if unknown:
         raise BadSample(
             f"it is over the budget and cannot be split: it has {', '.join(unknown)} besides text and images"
@@ -41,11 +41,12 @@ def split(encoded: Encoded, budget: Budget) -> list[Encoded]:
         if not budget.holds(piece.size):
             raise BadSample(f"one image of it is over the budget: {budget.excess(piece.size)}")
         # Pieces are no samples: the one segment of text that the part is counts once.
-        more = tuple(a + b for a, b in zip(total, needs[:3] + (0,) + needs[4:]))
+        needs = (*needs[:-2], 0, needs[-1])
+        more = tuple(a + b for a, b in zip(total, needs))
         over = any(a > b for a, b in zip(more, budget.room))
         if parts[-1] and (over or not (piece.patches == 0 or budget.deals(p.size for p in (*parts[-1], piece)))):
             parts.append([])
-            more = needs[:3] + (0,) + needs[4:]
+            more = needs
         parts[-1].append(piece)
         total = more
     return list(_cut(encoded, parts))

@@ -17,7 +17,7 @@ from omnicompile.checkpoint.checkpointer import Checkpointer
 from omnicompile.checkpoint.export import export_huggingface
 from omnicompile.cost_model.hardware import load_hardware
 from omnicompile.data.loader import PackedLoader
-from omnicompile.errors import InputError
+from omnicompile.errors import InputError, PlanError
 from omnicompile.plan import Plan
 from omnicompile.program import Program
 from omnicompile.report.units import count_text, plural
@@ -60,7 +60,7 @@ class Model:
 
 
 def load_model(request: Request, plan: Plan, options: TrainOptions, priced: bool) -> Model:
-    """priced: the operators are needed for FLOPs."""
+    """priced: the operators are needed for FLOPs. Raises PlanError where the plan freezes what the model has not."""
     source = load_model_source(request.model_spec(plan), request.config)
     module = source.build_meta().train()
     frozen = [name for name, block in plan.blocks.items() if block.frozen]
@@ -68,6 +68,10 @@ def load_model(request: Request, plan: Plan, options: TrainOptions, priced: bool
     program = capture_program(source, plan.workload) if needed else None
     if program is not None:  # what distributes the model freezes blocks itself; the plain model has to be told
         parameters = block_parameters(program)
+        if unknown := sorted(set(frozen) - set(parameters)):
+            raise PlanError(
+                f"the recipe freezes the block {unknown[0]}, and the model has {', '.join(parameters)}: plan it again"
+            )
         names = {name for block in frozen for name in parameters[block]}
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(parameter.requires_grad and name not in names)
@@ -151,7 +155,8 @@ def _tell_start(report: Report, model: Model, module: nn.Module, plan: Plan, dat
     trained = sum(parameter.numel() for parameter in model.module.parameters() if parameter.requires_grad)
     what = "" if trained == total else f", {count_text(trained)} of them trained"
     budget = data.budget
-    rows = f"{budget.tokens:,} tokens" + (f" and {budget.patches:,} patches" if budget.patches else "")
+    kinds = [f"{budget.tokens:,} tokens"] + [f"{budget.patches:,} patches"] * bool(budget.patches)
+    rows = " and ".join(kinds + [f"{item.count} {item.word}" for item in budget.items])
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     started = "1 process" if processes == 1 else f"{processes} processes"
     text = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,12 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from omnicompile.data.budget import Budget, merge_of, suggest_budget
+from omnicompile.data.budget import Budget, ItemBudget, merge_of, suggest_budget
 from omnicompile.data.encode import ProcessorEncoder
+from omnicompile.data.items import ItemTokens, item_arguments
 from omnicompile.data.loader import PackedLoader, as_encoder, make_loader
 from omnicompile.data.policy import Policy
-from omnicompile.data.read import sample_sizes
+from omnicompile.data.read import sample_encoded
 from omnicompile.data.sources import Source, open_source
 from omnicompile.errors import InputError
 from omnicompile.plan import Plan
@@ -30,12 +31,14 @@ _EVEN = 8  # so that recipes with sp up to it have the same budget, and the same
 @dataclass(frozen=True)
 class BudgetOptions:
     """Of a micro-batch. tokens: None takes seq_len x micro_batch of the recipe. patches, frames: None takes what fills
-    up as fast as the tokens on a mix of the data. segments: samples, or images, that fit; 0 takes enough."""
+    up as fast as the tokens on a mix of the data, as do items that are not given. items: by the forward's argument,
+    such as pixel_values: images of fixed size, clips. segments: samples, or images, that fit; 0 takes enough."""
 
     tokens: int | None = None
     patches: int | None = None
     frames: int | None = None
     segments: int = 0
+    items: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -120,14 +123,28 @@ def _budget(options: DataOptions, source: Source, encoder: Any, model: nn.Module
     tokens = wanted.tokens or plan.workload.seq_len * plan.micro_batch
     if tokens % plan.mesh.sp:
         raise InputError(f"a budget of {tokens} tokens does not divide over sp={plan.mesh.sp}: make it a multiple")
-    if wanted.patches is None or wanted.frames is None or not wanted.segments:
-        mix = [size for size in sample_sizes(source, encoder, _MIX, Policy(options.bad)) if size.tokens < tokens]
-        found = suggest_budget(mix, tokens, merge, parts, wanted.segments)
-    else:
-        found = Budget(tokens, wanted.patches, wanted.frames, wanted.segments, merge, parts)
+    complete = wanted.patches is not None and wanted.frames is not None and bool(wanted.segments)
+    found, kinds = Budget(tokens, 0, 0, wanted.segments or 2), ItemTokens(model)
+    if not complete or item_arguments(model):
+        mix = [encoded.size for encoded in kinds.watched(sample_encoded(source, encoder, _MIX, Policy(options.bad)))]
+        if not complete or kinds.found.keys() - wanted.items.keys():
+            mix = [size for size in mix if size.tokens < tokens]
+            found = suggest_budget(mix, tokens, merge, parts, wanted.segments, kinds.found)
     patches = found.patches if wanted.patches is None else wanted.patches
     unit = merge**2 * math.lcm(_EVEN, parts * plan.mesh.sp)
     return Budget(
         tokens, -(-patches // unit) * unit, found.frames if wanted.frames is None else wanted.frames,
-        wanted.segments or found.segments, merge, parts,
+        wanted.segments or found.segments, merge, parts, _items(found.items, wanted.items, kinds.found),
     )  # fmt: skip
+
+
+def _items(
+    found: tuple[ItemBudget, ...], wanted: Mapping[str, int], tokens: Mapping[str, int]
+) -> tuple[ItemBudget, ...]:
+    if unknown := sorted(wanted.keys() - tokens.keys()):
+        raise InputError(
+            f"the budget has items of {unknown[0]}, but samples of the data have "
+            f"{'those of ' + ', '.join(sorted(tokens)) if tokens else 'none'}"
+        )
+    counts = {item.name: item.count for item in found} | dict(wanted)
+    return tuple(ItemBudget(name, count, tokens[name]) for name, count in sorted(counts.items()) if count)

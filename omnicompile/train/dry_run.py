@@ -78,7 +78,8 @@ def inspect_run(request: Request, plan: Plan) -> DryRun:
         parameters=sum(p.numel() for p in parameters),
         trained=sum(p.numel() for p in parameters if p.requires_grad),
         samples=len(data.source),
-        budget={"tokens": data.budget.tokens, "patches": data.budget.patches, "frames": data.budget.frames},
+        budget={"tokens": data.budget.tokens, "patches": data.budget.patches, "frames": data.budget.frames}
+        | {item.word: item.count for item in data.budget.items},
         steps=len(steps),
         fill={kind: sum(s.fill[kind] for s in steps) / len(steps) for kind in steps[0].fill},
         tokens=sum(s.real_tokens for s in steps) / len(steps),
