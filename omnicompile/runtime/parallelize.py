@@ -20,7 +20,8 @@ from omnicompile.kernels.choice import KernelChoice, parse_kernels
 from omnicompile.lowering.driver import Lower, default_lower
 from omnicompile.lowering.graph_capture import DEFAULT_SEGMENTS
 from omnicompile.passes.rank_program import RankProgram
-from omnicompile.plan import Plan
+from omnicompile.plan import LossHead, Plan
+from omnicompile.recompute import Recompute
 from omnicompile.runtime.agreement import (
     found_by_first,
     installed_versions,
@@ -61,7 +62,8 @@ def parallelize(
     model: with its weights, the same on every rank, or on the meta device; it is not changed. weights: of a model on
     the meta device, a folder as Hugging Face's save_pretrained writes it, of which each rank reads its own parts; None:
     the model's own initialization gives the values (from `seed`). plan: None plans first, for these processes and
-    this budget; with one process the plain model is returned, unless the plan offloads. device_type: "cuda", "cpu", or
+    this budget; with one process the plain model is returned, unless the plan asks for what it does not do: another
+    compute dtype than `master_dtype`, recomputing, another loss head, offload. device_type: "cuda", "cpu", or
     None for what there is. example_batch: a batch of the budget that training batches have; its values do not matter.
     backend: "inductor" (None on GPUs) compiles forward and backward as one graph, "step" (None on CPUs) runs that graph
     as it is, "torch.compile" hands the rewritten forward to torch.compile, "eager" runs it under autograd.
@@ -84,7 +86,7 @@ def parallelize(
     forced = parse_kernels(kernels)
     if plan is None and forced:
         raise InputError("give parallelize the plan that the kernels are for; without one the plain model runs")
-    if plan is None or (plan.mesh.world == _processes() == 1 and not _offloads(plan) and not forced):
+    if plan is None or (plan.mesh.world == _processes() == 1 and _is_plain(plan, master_dtype) and not forced):
         values = _values(model, weights, seed)
         return PlainModule((materialized(model, values) if on_meta(model) else model).to(device))
     if example_batch is None:
@@ -142,9 +144,14 @@ def _values(model: nn.Module, weights: str | Path | None, seed: int) -> Values:
     return Initialized(model, seed) if weights is None else Pretrained.of(model, weights, seed)
 
 
-def _offloads(plan: Plan) -> bool:
-    """Whether a single process runs the plan too, and not the plain model."""
-    return plan.offload_optimizer or any(block.offload for block in plan.blocks.values())
+def _is_plain(plan: Plan, master_dtype: torch.dtype) -> bool:
+    """Whether a single process that runs the plain model does all that the plan says."""
+    return (
+        plan.param_dtype == str(master_dtype).removeprefix("torch.")
+        and plan.loss_head is LossHead.FULL
+        and not plan.offload_optimizer
+        and not any(block.offload or block.recompute is not Recompute.NONE for block in plan.blocks.values())
+    )
 
 
 def _processes() -> int:

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from omnicompile.errors import InputError
@@ -32,13 +33,13 @@ class PlainModule(nn.Module):
         if self._targets is None:
             return output
         if not isinstance(self._model[0], SeveralLosses):
-            output.loss = output.loss * (_targets(batch) / self._targets)
+            output.loss = _share(output.loss, _targets(batch), self._targets)
             return output
         if not isinstance(self._targets, TargetCount):
             raise InputError("the model has several losses: give `targets` what count_targets returns")
         counts = self._model[0].target_counts(batch)
         whole = dict(zip(counts, self._targets.by_loss))
-        shares = {n: loss * (counts[n] / max(1, whole[n])) for n, loss in output.losses.items()}
+        shares = {n: _share(loss, counts[n], whole[n]) for n, loss in output.losses.items()}
         output.losses = shares
         output.loss = sum(share * self._model[0].loss_weight(name) for name, share in shares.items())
         return output
@@ -93,6 +94,14 @@ class PlainModule(nn.Module):
 
     def full_gradient(self, name: str) -> Tensor | None:
         return dict(self._model[0].named_parameters())[name].grad
+
+
+def _share(loss: Tensor, targets: int, whole: int) -> Tensor:
+    """Of a window's loss over `whole` targets, what a micro-step with `targets` of them adds. A mean over no targets is
+    no number, and neither are its gradients: without targets it adds nothing to the loss and gives no gradient."""
+    if not targets:
+        return torch.zeros_like(loss, requires_grad=loss.requires_grad)
+    return loss * (targets / whole)
 
 
 def _targets(batch: Mapping[str, Any]) -> int:

@@ -63,10 +63,12 @@ class Request:
 
 def check_request(request: Request, plan: Plan) -> TrainOptions:
     """What can be told before any process is started. Raises InputError, RecipeError or PlanError."""
+    from omnicompile.cost_model.hardware import load_hardware
     from omnicompile.kernels.choice import parse_kernels
     from omnicompile.support import refuse_unexecutable
 
     refuse_unexecutable(plan)
+    load_hardware(plan.cluster.gpu)
     options = request.options()
     if request.out is None and not request.dry_run:
         raise InputError("--out is needed: the folder for checkpoints and logs")

@@ -65,6 +65,13 @@ def train_step(
     return StepResult(math.fsum(micro), grad_norm, taken, targets, tuple(micro), joined(others, shares=bool(targets)))
 
 
+def device_of(module: Module) -> torch.device:
+    """Where the module computes. Its parameters may be elsewhere: in host memory where the optimizer is offloaded."""
+    if isinstance(module, ParallelModule):
+        return module.engine.mesh.device
+    return next(module.parameters()).device
+
+
 def count_targets(module: Module, batches: Sequence[Mapping[str, Any]]) -> int:
     """Targets of micro-batches over all ranks; 0 for a model whose loss has none that can be counted."""
     plain = isinstance(module, PlainModule) and not isinstance(module.plain_model, SeveralLosses)

@@ -20,7 +20,7 @@ from omnicompile.train.protocols import Checkpointer, Loader, Step
 from omnicompile.train.records import Report, StepRecord
 from omnicompile.train.sample_log import SampleLog
 from omnicompile.train.schedule import make_schedule
-from omnicompile.train.step import Module, StepResult, train_step
+from omnicompile.train.step import Module, StepResult, device_of, train_step
 from omnicompile.train.stop import StopRequest
 
 
@@ -58,8 +58,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self._everyone = Everyone.of(self.module)
-        device = next(self.module.parameters()).device
-        self._meter = Meter(self._everyone, device, self.cost)
+        self._meter = Meter(self._everyone, device_of(self.module), self.cost)
         self._guard = FiniteGuard(self.options.skip_nonfinite)
         self._saved = self.done
         self._evaluated = -1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,10 @@ def files(tmp_path: Path) -> dict[str, str]:
     data.write_text(json.dumps({"text": "the small red one"}) + "\n")
     one = runs.write_recipe(tmp_path / "one.yaml", Mesh())
     two = runs.write_recipe(tmp_path / "two.yaml", Mesh(dp_shard=2))
-    return {"one": str(one), "two": str(two), "data": str(data), "out": str(tmp_path / "out"), "here": str(tmp_path)}
+    other = tmp_path / "other.yaml"
+    other.write_text(one.read_text().replace("gpu: h100,", "gpu: h1000,"))
+    names = {"one": one, "two": two, "other": other, "data": data, "out": tmp_path / "out", "here": tmp_path}
+    return {name: str(path) for name, path in names.items()}
 
 
 @pytest.mark.parametrize(
@@ -44,6 +48,7 @@ def files(tmp_path: Path) -> dict[str, str]:
         (("{two}", "--data", "{data}", "--out", "{out}", "--nnodes", "2"), "needs --rdzv-endpoint"),
         (("{two}", "--data", "{data}", "--out", "{out}", "--nnodes", "3", "--rdzv-endpoint", "a:1"), "share evenly"),
         (("{one}", "--data", "{here}", "--out", "{out}"), "no folder that `datasets` saved"),
+        (("{other}", "--data", "{data}", "--out", "{out}"), "unknown GPU 'h1000'"),
     ],
 )
 def test_what_a_user_can_mend_is_one_line_and_code_2(
@@ -114,6 +119,88 @@ def test_a_run_on_one_process_says_what_it_does_and_goes_on(
     for resume in ("auto", str(out)):
         torn = run("train", files["one"], *common, "--steps", "9", "--resume", resume)
         assert torn.code == 2 and "is damaged" in torn.err and torn.err.count("\n") == 1, torn
+
+
+LONG = {"messages": [{"role": "user", "content": "the " * 300}, {"role": "assistant", "content": "red"}]}
+TEXT = {"text": "the small red one"}
+
+
+def _with_bad_line(data: Path, folder: Path, line: Any, **options: str) -> Path:
+    """A data file with a line more in the middle of the samples of `data`; image: broken, in place of a line."""
+    folder.mkdir()
+    (folder / "images").symlink_to(data.parent / "images")
+    lines = (data.parent / "train.jsonl").read_text().splitlines()
+    if line == "image":
+        (folder / "broken.png").write_bytes(b"broken")
+        record = next(found for text in lines if len((found := json.loads(text))["images"]) == 1)
+        line = {**record, "images": ["broken.png"]}
+    lines.insert(20, line if isinstance(line, str) else json.dumps(line))
+    (folder / "train.jsonl").write_text("\n".join([] if line == "empty" else lines))
+    more = "".join(f"{name}: {value}\n" for name, value in options.items())
+    (folder / "data.yaml").write_text(data.read_text() + more)
+    return folder / "data.yaml"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("image", "broken.png cannot be read"),
+        ("{nonsense", "the line is no JSON"),
+        ("empty", "is empty: there are no samples"),
+        (TEXT, "mixed schema, this sample has no `messages`"),
+        ({"question": "what"}, "has either `messages` or `text`, this one has only question"),
+        ({"messages": LONG["messages"][:1]}, "no turn of the assistant"),
+        (LONG, "over the budget: 307 tokens beside its images (at most 110)"),
+    ],
+)
+def test_bad_data_ends_a_run_with_one_line_that_names_the_sample(
+    run: Callable[..., Any], files: dict[str, str], data: Path, tmp_path: Path, line: Any, said: str
+) -> None:
+    given = _with_bad_line(data, tmp_path / "bad", line)
+    outcome = run("train", files["one"], "--data", str(given), "--out", files["out"], "--device", "cpu", "--json")
+    assert outcome.code == 2 and said in outcome.err and outcome.err.count("\n") == 1, outcome
+    assert outcome.err.count("train.jsonl") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("line", "policy", "left"), [("image", {"bad": "skip"}, "1 bad"), (LONG, {"over_long": "skip"}, "1 over-long"),
+                                 (LONG, {"over_long": "split"}, "")],
+)  # fmt: skip
+def test_policies_leave_out_what_they_say(
+    run: Callable[..., Any], files: dict[str, str], data: Path, tmp_path: Path, line: Any, policy: dict[str, str],
+    left: str,
+) -> None:  # fmt: skip
+    given = _with_bad_line(data, tmp_path / "bad", line, **policy)
+    out = Path(files["out"])
+    options = ("--set", "log_samples=true", "--set", "epochs=1", "--device", "cpu", "--json")
+    outcome = run("train", files["one"], "--data", str(given), "--out", str(out), *options)
+    assert outcome.code == 0, outcome.err
+    assert json.loads(outcome.out.splitlines()[-1])["text"].endswith(f"samples left out: {left}" if left else "")
+    samples = [tuple(key) for text in (out / "samples.jsonl").open() for key in json.loads(text)["samples"]]
+    numbers = {number for _, number, _ in samples}
+    assert len(samples) == len(set(samples)) and len(numbers) == (60 if left else 61)
+    assert (max(part for _, _, part in samples) > 0) == (not left)
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_is_told_and_the_checkpoint_before_stays(
+    run: Callable[..., Any], files: dict[str, str], data: Path
+) -> None:
+    """By the limit on the size of a file, which the writes of a checkpoint meet as they would a full disk."""
+    common = ("--data", str(data), "--out", files["out"], "--device", "cpu", "--json")
+    assert run("train", files["one"], *common, "--steps", "1").code == 0
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (64 << 10, limits[1]))
+        outcome = run("train", files["one"], *common, "--steps", "2")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert outcome.code == 2 and outcome.err.count("\n") == 1, outcome
+    assert "step 2 could not be saved to" in outcome.err and "File too large" in outcome.err
+    assert [path.name for path in (Path(files["out"]) / "checkpoints").iterdir()] == ["step-00000001"]
+    assert run("train", files["one"], *common, "--steps", "2").code == 0
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,12 +19,14 @@ from torch import nn
 
 import omnicompile
 from omnicompile.checkpoint.checkpointer import Checkpointer
+from omnicompile.runtime.parallel_module import ParallelModule
 from omnicompile.runtime.plain_module import PlainModule
 from omnicompile.train import EvaluationOptions, OptimizerOptions, ScheduleKind, ScheduleOptions, Trainer, TrainOptions
 from omnicompile.train.evaluation import evaluate
 from omnicompile.train.guard import TrainingError
 from omnicompile.train.records import Report
 from omnicompile.train.sample_log import SampleLog
+from omnicompile.train.step import device_of
 
 FAST = OptimizerOptions(lr=5e-3)
 
@@ -234,3 +237,13 @@ def test_losses_that_a_model_names_are_told() -> None:
     assert set(kept.evaluations[0].losses) == {"text", "image"}
     for record in kept.steps:
         assert record.losses == pytest.approx({"text": record.loss, "image": 2 * record.loss}, rel=1e-5)
+
+
+def test_memory_is_that_of_the_device_that_computes() -> None:
+    """Parameters of an offloaded optimizer are in host memory, and the module computes elsewhere."""
+    module = ParallelModule.__new__(ParallelModule)
+    nn.Module.__init__(module)
+    module.register_parameter("weight", nn.Parameter(torch.zeros(2)))
+    module.engine = SimpleNamespace(mesh=SimpleNamespace(device=torch.device("cuda", 3)))  # type: ignore[assignment]
+    assert device_of(module) == torch.device("cuda", 3)
+    assert device_of(plain()) == torch.device("cpu")
