@@ -89,8 +89,9 @@ def test_a_special_token_that_the_tokenizer_lacks(tmp_path: Path, capsys: pytest
     assert "the tokenizer has no token <output_image>: add it with tokenizer.add_special_tokens" in said
 
 
-def recipe(folder: Path, model: str) -> str:
+def recipe(folder: Path, model: str, frozen: bool = False) -> str:
     blocks = {name: BlockPlan() for name in ("vision", "output_image", "text")}
+    blocks["vision"] = BlockPlan(frozen=frozen)
     Plan(model, Cluster(1), Workload(64), Mesh(), blocks, param_dtype="float32").save(folder / "recipe.yaml")
     (folder / "data.jsonl").write_text("".join(json.dumps({"text": "draw a red"}) + "\n" for _ in range(4)))
     return str(folder / "recipe.yaml")
@@ -112,3 +113,10 @@ def test_train_refuses_it_in_one_line(
     file = recipe(tmp_path, written(tmp_path, own, **options))
     arguments = ("--data", str(tmp_path / "data.jsonl"), "--out", str(tmp_path / "run"), "--device", "cpu")
     assert message in refused(capsys, "train", file, *arguments)
+
+
+def test_train_refuses_a_recipe_of_another_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = recipe(tmp_path, written(tmp_path, {"encoders": {"image": None}}), frozen=True)
+    arguments = ("--data", str(tmp_path / "data.jsonl"), "--out", str(tmp_path / "run"), "--device", "cpu")
+    said = refused(capsys, "train", file, *arguments)
+    assert "freezes the block vision, and the model has output_image, text: plan it again" in said
