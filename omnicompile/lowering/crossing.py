@@ -93,6 +93,11 @@ class CrossingMode(HostMode):
         the answer is metadata of the batch."""
         self._values[id(traced)] = (traced, value)
 
+    @property
+    def known_values(self) -> int:
+        """How many traced tensors have known values."""
+        return len(self._values)
+
     def name_sources(self, batch: Mapping[str, Any]) -> None:
         """Tell which tensors are the batch's own."""
         for name, value in batch.items():

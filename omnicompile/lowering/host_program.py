@@ -1,8 +1,8 @@
 """The model's own host-side code, run again for each batch to compute the metadata that the graph takes as inputs.
 
 The code runs on a copy of the model whose parameters are fake tensors, so it costs Python time and nothing else.
-Layers in which no host operation ran and nothing crossed for the first time are not entered again: their recorded
-outputs stand in for them, so that the cost does not grow with depth.
+Submodules in which no host operation ran and nothing crossed for the first time are not entered again: their recorded
+outputs stand in for them, so that the cost does not grow with depth, and is that of the host's work.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from omnicompile.anchors.huggingface import anchored
+from omnicompile.capture.host_mode import is_host
 from omnicompile.errors import InputError, LoweringError, OmniCompileError
 from omnicompile.lowering.crossing import Call, Crossing, CrossingMode, Result
-from omnicompile.torch_compat import FakeTensorMode, new_fake_mode
+from omnicompile.torch_compat import FakeTensor, FakeTensorMode, new_fake_mode
 
 
 def is_host_input(value: object) -> bool:
@@ -61,11 +63,19 @@ class Recording:
 
 
 @dataclass
-class _LayerRun:
-    """A call of a layer: its output, and whether host work or a first crossing happened in it."""
+class _ModuleRun:
+    """A call of a submodule. given: its arguments without contents of tensors. quiet: neither host work nor a first crossing happened in it, and all that it gives is
+    without values. inner: calls that it made of submodules of its own."""
 
-    output: Any
-    quiet: bool
+    path: str
+    given: tuple[Any, ...] = ()
+    output: Any = None
+    quiet: bool = False
+    inner: list[_ModuleRun] = field(default_factory=list)
+
+
+class _OtherCall(Exception):
+    """A submodule that is not entered was called with other shapes or numbers than in the first run."""
 
 
 class HostProgram:
@@ -78,38 +88,44 @@ class HostProgram:
         self.mode = mode or new_fake_mode()
         self.model = model
         self.packed = packed
-        self._first: Recording | None = None
+        self._first: Recording | None = None  # what later runs are compared with
+        self._whole = Recording()  # the same with every submodule entered
         self._skipped_calls: list[Call] = []
-        self._layers: dict[str, list[_LayerRun]] = {}
+        self._quiet: dict[str, list[_ModuleRun]] = {}  # of submodules that are not entered, by path
 
     def learn(self, batch: Mapping[str, Any]) -> Recording:
-        """The first run: every layer is entered, and quiet ones are found."""
-        self._layers = {}
+        """The first run: every submodule is entered, and quiet ones are found."""
         mode = _CountingMode()
-        with watch_layers(self.model, self._layers, mode):
+        with watch_modules(self.model, mode) as runs:
             recording = self._run(batch, mode)
+        self._quiet, self._whole = _outermost(runs), recording
         self._first = self._short_run(batch, recording)
         return recording
 
     def _short_run(self, batch: Mapping[str, Any], recording: Recording) -> Recording:
-        """A run that skips quiet layers; all are entered from now on where skipping changes what happens."""
+        """A run that skips quiet submodules; all are entered from now on where skipping changes what happens."""
         try:
             with self._stubs():
                 short = self._run(batch, CrossingMode())
         except Exception:  # the model looks into its layers, for router logits or hidden states, say
             short = Recording()
-        if len(short.crossings) == len(recording.crossings):
+        if _same_values(short.crossings, recording.crossings):
             return short
-        self._layers = {}
+        self._quiet = {}
         return recording
 
     def replay(self, batch: Mapping[str, Any]) -> Recording:
         """The crossings of another batch. Raises LoweringError if that batch would give another graph."""
         if self._first is None:
             raise RuntimeError("replay before learn")
+        first = self._first
         try:
-            with self._stubs():
-                recording = self._run(batch, CrossingMode(known=self._first.results))
+            try:
+                with self._stubs():
+                    recording = self._run(batch, CrossingMode(known=first.results))
+            except _OtherCall:
+                first = self._whole
+                recording = self._run(batch, CrossingMode(known=first.results))
         except OmniCompileError:
             raise
         except Exception as error:  # of the model's own code, among layers that have the captured shapes
@@ -117,7 +133,7 @@ class HostProgram:
             raise LoweringError(
                 f"this batch does not fit the captured graph ({cause}). Pad batches to one budget"
             ) from error
-        _check_same(self._first, recording)
+        _check_same(first, recording)
         return recording
 
     def _run(self, batch: Mapping[str, Any], mode: CrossingMode) -> Recording:
@@ -140,23 +156,66 @@ class HostProgram:
 
     @contextlib.contextmanager
     def _stubs(self) -> Iterator[None]:
-        """While active, quiet layers return what they returned in the first run."""
-        skipped = {path: runs for path, runs in self._layers.items() if all(run.quiet for run in runs)}
-        layers = [(self.model.get_submodule(path), iter(runs)) for path, runs in skipped.items()]
+        """While active, quiet submodules return what they returned in the first run."""
+        modules = [(self.model.get_submodule(path), iter(runs)) for path, runs in self._quiet.items()]
         try:
-            for layer, runs in layers:
-                layer.forward = _stub(runs)  # type: ignore[method-assign]
+            for module, runs in modules:
+                module.forward = _stub(runs)  # type: ignore[method-assign]
             yield
         finally:
-            for layer, _ in layers:
-                del layer.forward
+            for module, _ in modules:
+                del module.forward
 
 
-def _stub(runs: Iterator[_LayerRun]) -> Any:
-    def forward(*_: Any, **__: Any) -> Any:
-        return next(runs).output
+def _stub(runs: Iterator[_ModuleRun]) -> Any:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        run = next(runs, None)
+        if run is None or _given(args, kwargs) != run.given:
+            raise _OtherCall
+        return run.output
 
     return forward
+
+
+def _given(args: Any, kwargs: Any) -> tuple[Any, ...]:
+    """Arguments, shapes in place of traced tensors; of host tensors nothing, since they are checked where they cross."""
+    return (*map(_layout, args), *((name, _layout(value)) for name, value in kwargs.items()))
+
+
+def _layout(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return None if is_host(value) else tuple(value.shape)
+    if isinstance(value, tuple | list):
+        return tuple(map(_layout, value))
+    return value if value is None or isinstance(value, int | float | str) else type(value)
+
+
+def _same_values(some: list[Crossing], others: list[Crossing]) -> bool:
+    return len(some) == len(others) and all(torch.equal(a.value, b.value) for a, b in zip(some, others))
+
+
+def _outermost(runs: list[_ModuleRun]) -> dict[str, list[_ModuleRun]]:
+    """Calls, in order, of the submodules all of whose calls are quiet; without those that only such ones call."""
+    quiet: dict[str, bool] = {}
+    stack = list(runs)
+    while stack:
+        run = stack.pop()
+        quiet[run.path] = quiet.get(run.path, True) and run.quiet
+        stack += run.inner
+    found: dict[str, list[_ModuleRun]] = {}
+    stack = runs[::-1]
+    while stack:
+        run = stack.pop()
+        if quiet[run.path]:
+            found.setdefault(run.path, []).append(run)
+        else:
+            stack += run.inner[::-1]
+    return found
+
+
+def _without_contents(output: Any) -> bool:
+    """Whether a result is the same for every batch of these shapes: traced tensors, and nothing that numbers are in."""
+    return all(leaf is None or isinstance(leaf, FakeTensor) for leaf in tree_leaves(output))
 
 
 class _CountingMode(CrossingMode):
@@ -174,32 +233,36 @@ class _CountingMode(CrossingMode):
         return result
 
     @property
-    def progress(self) -> tuple[int, int]:
-        return self.host_calls, len(self.crossings)
+    def progress(self) -> tuple[int, ...]:
+        return self.host_calls, len(self.crossings), self.known_values
 
 
 @contextlib.contextmanager
-def watch_layers(model: nn.Module, found: dict[str, list[_LayerRun]], mode: _CountingMode) -> Iterator[None]:
-    """Record into `found` every call of an element of a module list."""
-    started: list[tuple[int, int]] = []
+def watch_modules(model: nn.Module, mode: _CountingMode) -> Iterator[list[_ModuleRun]]:
+    """Record every call of a submodule into the list that is given."""
+    runs: list[_ModuleRun] = []
+    started: list[tuple[tuple[int, ...], _ModuleRun]] = []
     handles = []
 
-    def before(*_: Any) -> None:
-        started.append(mode.progress)
-
-    def after(path: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            found.setdefault(path, []).append(_LayerRun(output, mode.progress == started.pop()))
+    def before(path: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            started.append((mode.progress, _ModuleRun(path, _given(args, kwargs))))
 
         return hook
 
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList):
-            for child_name, child in module.named_children():
-                path = f"{name}.{child_name}" if name else child_name
-                handles += [child.register_forward_pre_hook(before), child.register_forward_hook(after(path))]
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        progress, run = started.pop()
+        run.output, run.quiet = output, mode.progress == progress and _without_contents(output)
+        (started[-1][1].inner if started else runs).append(run)
+
+    for path, module in model.named_modules():
+        if path:
+            handles += [
+                module.register_forward_pre_hook(before(path), with_kwargs=True),
+                module.register_forward_hook(after),
+            ]
     try:
-        yield
+        yield runs
     finally:
         for handle in handles:
             handle.remove()

@@ -95,6 +95,36 @@ def test_a_batch_that_would_change_the_graph_is_refused_by_name() -> None:
         inputs.prepare({"x": x, "lengths": torch.tensor([4, 4])})
 
 
+class Counted(nn.Linear):
+    """entered: shapes that its code has run on."""
+
+    entered: list[tuple[int, ...]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.entered.append(tuple(x.shape))
+        return super().forward(x)
+
+
+class PicksRows(nn.Module):
+    """Rows of features by positions that the host knows, as models pick image features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = Counted(4, 4)
+
+    def forward(self, x: Tensor, kinds: Tensor) -> Tensor:
+        return self.proj(x)[kinds.nonzero()[:, 0]].square().mean()
+
+
+def test_a_submodule_without_host_work_is_not_entered_for_another_batch() -> None:
+    model, x = PicksRows(), torch.randn(4, 4)
+    captured, inputs = capture_forward(model, {"x": x, "kinds": torch.tensor([1, 0, 1, 0])})
+    Counted.entered.clear()
+    values = inputs.prepare({"x": x, "kinds": torch.tensor([0, 1, 1, 0])})
+    assert not Counted.entered
+    torch.testing.assert_close(run(captured, model, values)[0], model(x, torch.tensor([0, 1, 1, 0])))
+
+
 class SplitsAndJoins(nn.Module):
     """Splits features per clip and joins them again, as models do to hand out features per image."""
 
