@@ -28,16 +28,18 @@ def evaluate(module: Module, loader: Loader, steps: int | None = None, at: int =
         with torch.no_grad():
             for step in islice(Everyone.of(module).guarded(loader, "reading the data"), steps):
                 targets, parts = count_targets(module, step.micro_batches), []
+                tokens += step.real_tokens
+                if targets == 0:
+                    continue
                 for number, batch in enumerate(step.micro_batches):
                     last = number == len(step.micro_batches) - 1
-                    with module.accumulate(last=last, targets=targets or None):
+                    with module.accumulate(last=last, targets=targets):
                         output = module(**batch)
                     share = output.loss.item() / (1 if targets else len(step.micro_batches))
                     total += share * (targets or 1)
                     parts.append(named_losses(output))
                 others.append(joined(parts, shares=bool(targets)))
                 weight += targets or 1
-                tokens += step.real_tokens
     finally:
         module.train(training)
     if not weight:

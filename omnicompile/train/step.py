@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from omnicompile.errors import InputError
 from omnicompile.runtime.parallel_module import ParallelModule
 from omnicompile.runtime.plain_module import PlainModule
-from omnicompile.runtime.targets import SeveralLosses
+from omnicompile.runtime.targets import SeveralLosses, TargetCount
 from omnicompile.train.losses import joined, named_losses
 
 Module = ParallelModule | PlainModule
@@ -42,15 +42,18 @@ def train_step(
 
     The gradient is that of one process on all micro-batches of all ranks joined, the loss a mean over their target
     tokens (over the micro-batches, for a model whose loss counts none). clip: the largest gradient norm; None: not
-    clipped. Nothing changes if the loss or the norm is not finite. Every rank calls it with as many micro-batches.
+    clipped. Nothing changes if the loss or the norm is not finite, or if no rank has a target. Every rank calls it with
+    as many micro-batches.
     """
     if not micro_batches:
         raise InputError("a step needs at least one micro-batch")
     targets = count_targets(module, micro_batches)
+    if targets == 0:
+        return StepResult(0.0, 0.0, True, 0, (0.0,) * len(micro_batches))
     last = len(micro_batches) - 1
     parts, others = [], []
     for number, batch in enumerate(micro_batches):
-        with module.accumulate(last=number == last, targets=targets or None):
+        with module.accumulate(last=number == last, targets=targets):
             output = module(**batch)
             loss = output.loss if targets else output.loss / len(micro_batches)
             loss.backward()
@@ -62,7 +65,8 @@ def train_step(
     if taken:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(math.fsum(micro), grad_norm, taken, targets, tuple(micro), joined(others, shares=bool(targets)))
+    found = joined(others, shares=bool(targets))
+    return StepResult(math.fsum(micro), grad_norm, taken, targets or 0, tuple(micro), found)
 
 
 def device_of(module: Module) -> torch.device:
@@ -72,9 +76,10 @@ def device_of(module: Module) -> torch.device:
     return next(module.parameters()).device
 
 
-def count_targets(module: Module, batches: Sequence[Mapping[str, Any]]) -> int:
-    """Targets of micro-batches over all ranks; 0 for a model whose loss has none that can be counted."""
+def count_targets(module: Module, batches: Sequence[Mapping[str, Any]]) -> TargetCount | None:
+    """Targets of micro-batches over all ranks; None for a model whose loss has none that can be counted."""
     plain = isinstance(module, PlainModule) and not isinstance(module.plain_model, SeveralLosses)
     if plain and any(batch.get(LABELS) is None for batch in batches):
-        return 0
-    return module.count_targets(batches)
+        return None
+    found = module.count_targets(batches)
+    return found if found.by_loss else None

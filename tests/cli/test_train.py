@@ -204,6 +204,27 @@ def test_a_disk_that_is_full_is_told_and_the_checkpoint_before_stays(
 
 
 @pytest.mark.slow
+def test_one_process_executes_its_recipe(
+    run: Callable[..., Any], files: dict[str, str], data: Path, tmp_path: Path
+) -> None:
+    """Recomputing and a chunked loss head give the losses of the plain model, and go on from its checkpoint."""
+    text = Path(files["one"]).read_text()
+    assert text.count("recompute: none") == 2 and "loss_head: full" in text
+    lean = tmp_path / "lean.yaml"
+    lean.write_text(text.replace("recompute: none", "recompute: full").replace("loss_head: full", "loss_head: chunked"))
+
+    def losses(recipe: str, out: str, steps: int) -> list[float]:
+        options = ("--data", str(data), "--out", str(tmp_path / out), "--device", "cpu", "--json")
+        outcome = run("train", recipe, *options, "--steps", str(steps))
+        assert outcome.code == 0, outcome.err
+        events = [json.loads(line) for line in outcome.out.splitlines()]
+        return [event["loss"] for event in events if event["event"] == "step"]
+
+    plain = losses(files["one"], "plain", 2)
+    assert losses(str(lean), "lean", 4) == pytest.approx([*plain, *losses(str(lean), "plain", 4)], abs=1e-5)
+
+
+@pytest.mark.slow
 def test_a_dry_run_trains_nothing(run: Callable[..., Any], files: dict[str, str], data: Path) -> None:
     outcome = run("train", files["two"], "--data", str(data), "--dry-run", "--device", "cpu")
     assert outcome.code == 0, outcome.err

@@ -26,7 +26,7 @@ from omnicompile.train.evaluation import evaluate
 from omnicompile.train.guard import TrainingError
 from omnicompile.train.records import Report
 from omnicompile.train.sample_log import SampleLog
-from omnicompile.train.step import device_of
+from omnicompile.train.step import device_of, train_step
 
 FAST = OptimizerOptions(lr=5e-3)
 
@@ -237,6 +237,20 @@ def test_losses_that_a_model_names_are_told() -> None:
     assert set(kept.evaluations[0].losses) == {"text", "image"}
     for record in kept.steps:
         assert record.losses == pytest.approx({"text": record.loss, "image": 2 * record.loss}, rel=1e-5)
+
+
+def test_a_step_without_targets_changes_nothing_and_is_no_failure() -> None:
+    """Of a long prompt that was split, say."""
+    empty = text_batch(0) | {"labels": torch.full((1, 32), -100)}
+    loader = MemoryLoader([empty, empty, *(text_batch(seed) for seed in range(2))], 2)
+    run, kept = trainer(TrainOptions(steps=2, optimizer=FAST), loader, evaluation=MemoryLoader([empty, empty], 2))
+    before = [value.clone() for value in run.module.parameters()]
+    result = train_step(run.module, run.optimizer, [empty, empty])
+    assert (result.loss, result.grad_norm, result.taken, result.targets) == (0.0, 0.0, True, 0)
+    assert all(map(torch.equal, before, run.module.parameters()))
+    with pytest.raises(TrainingError, match="evaluate on has no sample"):
+        run.run()
+    assert [r.loss == 0 for r in kept.steps] == [True, False] and all(math.isfinite(r.loss) for r in kept.steps)
 
 
 def test_memory_is_that_of_the_device_that_computes() -> None:
