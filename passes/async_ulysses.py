@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from omnicompile.capture.classify import HEAVY, is_in_place
+from omnicompile.passes.early_recompute import recompute_ahead
 from omnicompile.passes.hidden_work import fill_waits
 from omnicompile.passes.liveness import Rows, balanced_rows, peak_bytes, storage_of, storages_bytes
 from omnicompile.passes.segments import RECOMPUTE, is_forward
@@ -62,6 +63,7 @@ def schedule_exchanges_pass(
 
     - What leads to an exchange is computed first, in the order of the exchanges; of exchanges that can be launched at
       the same time the smallest goes first.
+    - Exchanges of recomputed values are launched ahead of their use (`early_recompute`), if there is the memory.
     - Between two exchanges, products that need none of what is on its way come first, then each wait with the products
       that it was for. Element-wise work stays with what reads it.
     - Products that no exchange depends on (weight gradients) run where they stood, but for those that fill time in
@@ -78,15 +80,18 @@ def schedule_exchanges_pass(
     rows = balanced_rows(gm.graph)
     original = list(gm.graph.nodes)
     before = peak_bytes(gm, rows, in_flight=True).total
-    demanded = _Demand(gm.graph, rows).order()
-    for held in _HELD:
-        filled = fill_waits(demanded, gradients, clock, held * (most_memory - 1.0) * before, rows)
-        reorder(gm.graph, filled.order)
-        peak = peak_bytes(gm, rows, in_flight=True).total
-        if peak <= most_memory * before:
-            gm.graph.lint()
-            gm.recompile()
-            return Scheduled(len(exchanges), filled.moved, before, peak, True)
+    early = recompute_ahead(original, clock)
+    for start in (early, original) if early != original else (original,):
+        reorder(gm.graph, start)
+        demanded = _Demand(gm.graph, rows).order()
+        for held in _HELD:
+            filled = fill_waits(demanded, gradients, clock, held * (most_memory - 1.0) * before, rows)
+            reorder(gm.graph, filled.order)
+            peak = peak_bytes(gm, rows, in_flight=True).total
+            if peak <= most_memory * before:
+                gm.graph.lint()
+                gm.recompile()
+                return Scheduled(len(exchanges), filled.moved, before, peak, True)
     reorder(gm.graph, original)
     return Scheduled(len(exchanges), 0, before, before)
 
