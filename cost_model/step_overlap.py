@@ -139,7 +139,7 @@ def _own_products(items: list[_Item], split: Split, prices: Prices) -> list[_Ite
     parts: dict[int, list[_Item]] = {}
     for at in _attention(items):
         forward = items[at].op.op.phase is Phase.FORWARD
-        near = _products(items, at)[::-1] if forward else [i for i in range(at + 1, len(items)) if items[i].is_product]
+        near = _products(items, at)[::-1] if forward else _products_after(items, at)
         widths = _made_together([items[i] for i in near], _widths(items[at]))
         found = [i for i in near if widths and sum(widths) in _features(items[i])][: 1 if forward else 2]
         own = [[_part_of(items[i], width, sum(widths), split, prices) for width in widths] for i in found]
@@ -149,6 +149,12 @@ def _own_products(items: list[_Item], split: Split, prices: Prices) -> list[_Ite
         if found:
             parts[min(found)] = [item for together in zip(*own) for item in together]
     return [part for i, item in enumerate(items) for part in parts.get(i, [item])]
+
+
+def _products_after(items: Sequence[_Item], at: int) -> list[int]:
+    """GEMMs between the attention at `at` and the next one."""
+    end = next((i for i in range(at + 1, len(items)) if items[i].is_attention), len(items))
+    return [i for i in range(at + 1, end) if items[i].is_product]
 
 
 def _made_together(near: Sequence[_Item], widths: tuple[int, int, int]) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from omnicompile.capture.classify import ATTENTION, is_cheap, is_in_place
-from omnicompile.passes.liveness import balanced_rows, storage_of, storages_bytes
+from omnicompile.passes.liveness import Rows, balanced_rows, storage_of, storages_bytes
 from omnicompile.passes.segments import RECOMPUTE, forward_layers, is_forward
 from omnicompile.plan import BlockPlan
 from omnicompile.recompute import Recompute
@@ -72,7 +72,8 @@ def recompute_pass(gm: fx.GraphModule, blocks: Mapping[str, BlockPlan]) -> list[
 @dataclass(frozen=True)
 class _Step:
     """A step graph cut in two. forward: its calls -> position. late: what comes after. layers: forward calls of each.
-    mutated: storages that something writes into. shared: those made elsewhere that several layers read."""
+    mutated: storages that something writes into. shared: those made elsewhere that several layers read. rows: sizes
+    known only at run time."""
 
     gm: fx.GraphModule
     forward: dict[fx.Node, int]
@@ -80,6 +81,7 @@ class _Step:
     layers: dict[str, list[fx.Node]]
     mutated: set[fx.Node]
     shared: set[fx.Node]
+    rows: Rows
 
     @classmethod
     def of(cls, gm: fx.GraphModule) -> _Step:
@@ -88,7 +90,7 @@ class _Step:
         late = [node for node in nodes if node not in forward and node.op in ("call_function", "output")]
         mutated = {storage_of(node) for node in nodes if is_in_place(node)}
         layers = forward_layers(nodes)
-        return cls(gm, forward, late, layers, mutated, _shared(layers))
+        return cls(gm, forward, late, layers, mutated, _shared(layers), balanced_rows(gm.graph))
 
 
 def _shared(layers: Mapping[str, list[fx.Node]]) -> set[fx.Node]:
@@ -201,14 +203,13 @@ def _kept(step: _Step, needed: Iterable[fx.Node], again: set[fx.Node]) -> set[fx
 
 
 def _choose(step: _Step, layer: str, nodes: list[fx.Node], policy: Recompute) -> tuple[Recomputed, set[fx.Node]]:
-    rows = balanced_rows(step.gm.graph)
     needed = _needed(step, nodes)
-    before = storages_bytes(_kept(step, needed, set()), rows)
+    before = storages_bytes(_kept(step, needed, set()), step.rows)
     best, bytes_kept = set[fx.Node](), before
     order = list(Recompute)
     for candidate in order[order.index(Recompute.SELECTIVE) : order.index(policy) + 1]:
         again = _candidates(step, nodes, candidate)
-        found = storages_bytes(_kept(step, needed, again), rows)
+        found = storages_bytes(_kept(step, needed, again), step.rows)
         if found < bytes_kept:
             best, bytes_kept = again, found
     return Recomputed(layer, policy, before, bytes_kept, len(best)), best

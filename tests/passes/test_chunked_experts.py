@@ -9,7 +9,10 @@ import torch
 from torch import fx
 
 from omnicompile.errors import LoweringError
+from omnicompile.lowering.step_graph import trace_step
 from omnicompile.passes import expert_ops, lower_forward
+from omnicompile.passes.liveness import peak_bytes
+from omnicompile.passes.simulate import bound_to_fake_groups
 from omnicompile.plan import Mesh, Overlap
 from omnicompile.recompute import Recompute
 
@@ -68,3 +71,13 @@ def test_results_keep_their_bits(mesh: Mesh, policy: Recompute, exchanges: bool)
     assert order.count("omnicompile.grouped_mm.default") >= 16
     for mine, theirs in zip(got, want):
         assert len(mine) > 5 and all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+def test_chunks_take_no_more_memory() -> None:
+    """What is put together from chunks is kept for the backward, not the chunks too."""
+    original, _ = lowered("moe", Recompute.NONE, MESH)
+    peaks = []
+    for chunks in (1, 2):
+        program = lower_forward(replace(original, overlap=Overlap(expert_chunks=chunks)))
+        peaks.append(peak_bytes(trace_step(bound_to_fake_groups(program)).gm, in_flight=True).total)
+    assert peaks[1] <= 1.03 * peaks[0]

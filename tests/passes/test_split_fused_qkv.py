@@ -271,7 +271,8 @@ def test_equal_to_one_process(kind: str, mesh: Mesh) -> None:
         node = node.next
     assert MATMULS & set(between)  # the next product, beside the first exchange
     cats = [node for node in gm.graph.find_nodes(op="call_function", target=aten.cat.default) if _of_weights(node)]
-    padded = gm.graph.find_nodes(op="call_function", target=aten.slice_backward.default)  # of halves of rotary embedding
+    # of halves of rotary embedding, not of weights
+    padded = gm.graph.find_nodes(op="call_function", target=aten.slice_backward.default)
     assert len(cats) >= 2 and all(node.meta["val"].dim() > 2 for node in padded)
 
 
