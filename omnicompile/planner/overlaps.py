@@ -19,12 +19,14 @@ _OFF = Overlap(exchanges=False)
 HEAD_GROUPS = (1, 2, 4)
 EXPERT_CHUNKS = (1, 2, 4, 8)
 """Values that are tried; others can be pinned."""
+MORE_MEMORY = 1.03
+"""Peak memory of a plan with them, over that without."""
 
 
 def refined(plan: Plan, model: StepModel, pins: Pins) -> Plan:
     """The fastest of a simulated plan with early exchanges or without, attention in 1 to 4 groups of heads and experts
-    in 1 to 8 chunks, that fits; of equally fast ones that with fewer. Pinned values stay."""
-    best = plan
+    in 1 to 8 chunks, that fits and takes little more memory; of equally fast ones that with fewer. Pins stay."""
+    best, limit = plan, MORE_MEMORY * _memory(plan.prediction)
     choices = {"exchanges": (True, False), "head_groups": HEAD_GROUPS, "expert_chunks": EXPERT_CHUNKS}
     wanted = {name: (pins.overlap[name],) if name in pins.overlap else values for name, values in choices.items()}
     for exchanges, groups, chunks in itertools.product(*wanted.values()):
@@ -34,7 +36,9 @@ def refined(plan: Plan, model: StepModel, pins: Pins) -> Plan:
             continue
         candidate = simulate(model.program, candidate, model)
         prediction = candidate.prediction
-        if prediction is not None and prediction.fits and prediction.step_seconds < _seconds(best.prediction):
+        if prediction is None or not prediction.fits or prediction.memory_total > limit:
+            continue
+        if prediction.step_seconds < _seconds(best.prediction):
             best = candidate
     return best
 
@@ -89,6 +93,11 @@ def _on(name: str) -> bool | int:
 def _seconds(prediction: Prediction | None) -> float:
     assert prediction is not None
     return prediction.step_seconds
+
+
+def _memory(prediction: Prediction | None) -> float:
+    assert prediction is not None
+    return prediction.memory_total
 
 
 def _pointless(name: str, plan: Plan, model: StepModel) -> str:

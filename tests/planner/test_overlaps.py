@@ -12,7 +12,7 @@ from omnicompile.cost_model.step_model import StepModel
 from omnicompile.errors import PlanError
 from omnicompile.plan import Overlap, Plan
 from omnicompile.planner.api import PlanResult, plan_program
-from omnicompile.planner.overlaps import gain_lines
+from omnicompile.planner.overlaps import MORE_MEMORY, gain_lines
 from omnicompile.planner.predict import simulate
 from omnicompile.program import Program
 from omnicompile.workload import Workload
@@ -73,6 +73,8 @@ def test_finer_ways_are_taken_where_they_gain() -> None:
     assert best.prediction is not None and best.overlap.expert_chunks > 1
     whole = replace(best, overlap=replace(best.overlap, expert_chunks=1))
     assert best.prediction.step_seconds < seconds(program, whole)
+    plain = simulate(program, whole, StepModel(program, whole.cluster)).prediction
+    assert plain is not None and best.prediction.memory_total <= MORE_MEMORY * plain.memory_total
     gain = next(gain for gain in result.gains if gain.name == "expert_chunks")
     assert gain.on and gain.other == 1 and gain.other_seconds == seconds(program, whole)
     assert planned(program, **pins, expert_chunks="1").plans[0].overlap.expert_chunks == 1
