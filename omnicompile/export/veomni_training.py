@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from omnicompile.export.choices import Choice
-from omnicompile.export.report import Said, approximated, mapped, refused
+from omnicompile.export.report import Keys, Said, approximated, mapped, refused
 from omnicompile.export.rules import key, never
 from omnicompile.export.training import (
     NO_CLIPPING,
@@ -54,7 +54,7 @@ def _steps(plan: Plan, choice: Choice) -> Said:
 
 
 def _kind(plan: Plan, choice: Choice) -> Said:
-    written = {f"{OPTIMIZER}.lr_decay_style": str(choice.value)}
+    written: Keys = {f"{OPTIMIZER}.lr_decay_style": str(choice.value)}
     if choice.value is ScheduleKind.WSD:
         return refused("its schedules are constant, linear and cosine")
     if choice.value is ScheduleKind.LINEAR:
