@@ -34,7 +34,7 @@ class ItemTokens:
     """Looks at samples for what items of each argument of `model` have in common."""
 
     model: nn.Module
-    _seen: dict[str, set[tuple[torch.Size, float]]] = field(default_factory=dict)
+    _seen: dict[str, set[tuple[torch.Size, int | None]]] = field(default_factory=dict)
 
     def watched(self, samples: Iterable[Encoded]) -> Iterator[Encoded]:
         """The same samples, looked at as they pass."""
@@ -42,20 +42,24 @@ class ItemTokens:
         for sample in samples:
             for name, count in sample.size.items:
                 if name in known and count:
-                    share = int((sample.ids == known[name].token).sum()) / count
-                    self._seen.setdefault(name, set()).add((sample.features[name].shape[1:], share))
+                    tokens = _tokens_of_one(sample, known[name].token, count)
+                    self._seen.setdefault(name, set()).add((sample.features[name].shape[1:], tokens))
             yield sample
 
     @property
     def found(self) -> dict[str, int]:
-        """Placeholders of one item by argument; 0 where items differ in them or in shape. Clips of sound that differ
-        are counted by their frames."""
-        tokens = {
-            name: int(share) if len(kinds) == 1 and share.is_integer() else 0
-            for name, kinds in self._seen.items()
-            for _, share in list(kinds)[:1]
-        }
+        """Placeholders of one item by argument; 0 where items differ in them or in shape, or have sizes of their own
+        beside them, so that none can be made up. Of sound such clips are left out: they are counted by their frames."""
+        tokens = {name: (next(iter(kinds))[1] or 0) if len(kinds) == 1 else 0 for name, kinds in self._seen.items()}
         return {name: count for name, count in tokens.items() if count or name not in SOUNDS}
+
+
+def _tokens_of_one(sample: Encoded, token: int, count: int) -> int | None:
+    """Of one of its `count` items; None where they differ, or another tensor has a row of numbers for each (a mask, the
+    size of an image)."""
+    described = any(not v.is_floating_point() and v.shape[:1] == (count,) for v in sample.features.values())
+    total = int((sample.ids == token).sum())
+    return None if described or total % count else total // count
 
 
 def dummy_items(model: nn.Module, budget: Budget, samples: Iterable[Encoded]) -> tuple[FixedItems, ...]:

@@ -138,9 +138,7 @@ class Converted:
         finally:
             self._tried.clear()
 
-    def _pieces(
-        self, name: str, part: Part, item_bytes: int, limit: int
-    ) -> list[tuple[Part, dict[int, Part] | None]]:
+    def _pieces(self, name: str, part: Part, item_bytes: int, limit: int) -> list[tuple[Part, dict[int, Part] | None]]:
         """Pieces of `part` with the parts of the sources that each is made of."""
         found = []
         for piece in pieces_of(part, item_bytes, limit):

@@ -98,6 +98,14 @@ def test_items_of_different_sizes_are_counted_and_not_made_up() -> None:
     wide = Encoded.of({"input_ids": [1, ITEM, ITEM], "pixel_values": torch.zeros(1, 3, 16, 32)})
     list(known.watched([wide, Encoded.of(KINDS["images"].encode(Sample(text="1 9", images=(0,))))]))
     assert known.found == {"pixel_values": 0}
+    sized = {"input_ids": [1, ITEM], "pixel_values": torch.zeros(1, 3, 16, 16), "image_sizes": torch.ones(1, 2).int()}
+    known = ItemTokens(KINDS["images"].build())
+    list(known.watched([Encoded.of(sized)]))
+    assert known.found == {"pixel_values": 0}
+    masked = {"input_ids": [1, ITEM, ITEM], "input_features": torch.zeros(1, 8, 32), "mask": torch.ones(1, 32).int()}
+    known = ItemTokens(KINDS["sound"].build())
+    list(known.watched([Encoded.of(masked)]))
+    assert known.found == {}
     budget = Budget(96, items=(ItemBudget("pixel_values", 2),))
     assert budget.text == 95 and budget.holds(wide.size)
 
