@@ -104,11 +104,21 @@ def start_processes(device_type: str | None, timeout: float = TIMEOUT) -> torch.
     if not dist.is_initialized():
         if "RANK" not in os.environ:
             return None
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        dist.init_process_group(_backend(device), timeout=timedelta(seconds=timeout))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
+
+
+def start_alone(device: torch.device, timeout: float = TIMEOUT) -> torch.device:
+    """Start torch.distributed for this process alone, which no launcher has started."""
+    store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
+    dist.init_process_group(_backend(device), store=store, rank=0, world_size=1, timeout=timedelta(seconds=timeout))
+    return device
+
+
+def _backend(device: torch.device) -> str:
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
 def control_group(timeout: float = TIMEOUT) -> dist.ProcessGroup:
@@ -126,6 +136,8 @@ def start_watch() -> Watch:
 def build_mesh(mesh: Mesh, device_type: str | None = None, timeout: float = TIMEOUT) -> RuntimeMesh:
     """Set up for the ranks of `mesh`. Raises PlanError when the number of processes is not the mesh's."""
     device = start_processes(device_type, timeout)
+    if device is None and mesh.world == 1:
+        device = start_alone(pick_device(device_type), timeout)
     if device is None:
         raise PlanError(
             f"the plan is for {mesh.world} processes, and this is a single one: start it with "

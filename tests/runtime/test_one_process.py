@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -67,6 +71,29 @@ def test_one_process_does_what_the_plan_says(choice: str) -> None:
     else:
         assert loss_error < 1e-5 and worst < 1e-5
     assert ("chunked" in " ".join(operators)) == (choice == "loss head")
+
+
+ALONE = """
+import sys
+sys.path[:0] = [{tests!r}]
+from tiny_models import dense_model, make_plan, text_batch
+from omnicompile.plan import Mesh
+from omnicompile.recompute import Recompute
+from omnicompile.runtime.parallelize import parallelize
+plan = make_plan(("text",), Mesh(), recompute=Recompute.FULL)
+module = parallelize(dense_model(), plan, "cpu", text_batch(0))
+print(type(module).__name__, module(**text_batch(3)).loss.item())
+"""
+
+
+@pytest.mark.slow
+def test_no_launcher_is_needed_for_one_process() -> None:
+    code = ALONE.format(tests=str(Path(__file__).parent.parent))
+    clean = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "MASTER_ADDR")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=clean, check=True)
+    name, loss = done.stdout.split()
+    assert name == "ParallelModule"
+    assert float(loss) == pytest.approx(dense_model()(**text_batch(3)).loss.item(), abs=1e-5)
 
 
 def _accumulated(module: nn.Module, batches: list[dict[str, Any]]) -> tuple[float, dict[str, torch.Tensor]]:
