@@ -8,7 +8,7 @@ from omnicompile.cost_model.step_layout import Gradient, Groups, Split, local_pa
 from omnicompile.cost_model.step_numbers import ACTIVATION_BYTES, SegmentNumbers
 from omnicompile.cost_model.step_options import StepOptions
 from omnicompile.cost_model.step_price import DTYPE_BYTES, UNFUSED
-from omnicompile.plan import LossHead, Stack
+from omnicompile.plan import OURS, LossHead, Stack
 from omnicompile.program import OpKind, Phase, Recompute, Segment
 
 LOGIT_BYTES = 8
@@ -22,25 +22,38 @@ SCORE_BYTES = 5
 
 
 def peaks(
-    numbers: SegmentNumbers, gradient: Gradient, split: Split, groups: Groups, options: StepOptions
+    numbers: SegmentNumbers,
+    policy: Recompute,
+    gradient: Gradient,
+    split: Split,
+    groups: Groups,
+    options: StepOptions,
 ) -> tuple[float, tuple[float, ...]]:
     """Bytes of temporaries in the forward, and at each backward point."""
-    segment = numbers.segment
+    segment, held = numbers.segment, _held(numbers, policy, options.stack)
     if segment.logits is None:
         here = split.rows(False)
-        return numbers.forward_peak / here, tuple(temporaries / here for temporaries, _ in numbers.backward)
+        return numbers.forward_peak / here, tuple(temporaries / here for temporaries, _ in held)
     forward, backward = _head_peaks(segment, numbers.logit_rows, gradient, split, groups, options)
-    return forward, (backward,) * len(numbers.backward)
+    return forward, (backward,) * len(held)
 
 
-def freed(numbers: SegmentNumbers, gradient: Gradient, split: Split, everything: float) -> tuple[float, ...]:
-    """Bytes at each backward point of what is no longer needed. everything: bytes there at its start."""
-    saved = _local_bytes(numbers.saved[Recompute.NONE], numbers, split)
+def freed(
+    numbers: SegmentNumbers, policy: Recompute, gradient: Gradient, split: Split, everything: float, stack: Stack
+) -> tuple[float, ...]:
+    """Bytes at each backward point of what is not there, of `everything` that was saved or is made again."""
+    saved, held = _local_bytes(numbers.saved[Recompute.NONE], numbers, split), _held(numbers, policy, stack)
     if numbers.segment.logits is not None or not gradient.weight or saved <= 0:
-        return (0.0,) * len(numbers.backward)
+        return (0.0,) * len(held)
     # Other software keeps more or less than the traced operators, and is taken to free it at the same pace.
     pace = everything / saved / split.rows(False)
-    return tuple(min(freed * pace, everything) for _, freed in numbers.backward)
+    return tuple(min(freed * pace, everything) for _, freed in held)
+
+
+def _held(numbers: SegmentNumbers, policy: Recompute, stack: Stack) -> tuple[tuple[float, float], ...]:
+    """Temporaries and what is freed at each backward point. Other software runs a layer again before its backward
+    begins, and so has everything that it keeps without recompute."""
+    return numbers.backward[policy if stack == OURS else Recompute.NONE]
 
 
 def _head_peaks(

@@ -80,8 +80,8 @@ class OpNumbers:
 
 @dataclass(frozen=True)
 class SegmentNumbers:
-    """One instance of a segment for one micro-batch. All sizes in bytes except `logit_rows` (tokens). backward:
-    temporaries and what is freed at each of the segment's backward points."""
+    """One instance of a segment for one micro-batch. All sizes in bytes except `logit_rows` (tokens). backward: by
+    policy, temporaries and what is freed at each of the segment's backward points."""
 
     segment: Segment
     ops: tuple[OpNumbers, ...]
@@ -90,7 +90,7 @@ class SegmentNumbers:
     input_bytes: float
     output_bytes: float
     forward_peak: float
-    backward: tuple[tuple[float, float], ...]
+    backward: dict[Recompute, tuple[tuple[float, float], ...]]
     logit_rows: float
 
 
@@ -143,7 +143,7 @@ def _segment_expressions(segment: Segment) -> list[sympy.Expr]:
         [s.nbytes for s in saved]
         + [s.nbytes_frozen for s in saved]
         + [segment.input_bytes, segment.output_bytes, segment.forward_peak, rows]
-        + [nbytes for point in segment.backward for nbytes in (point.temporaries, point.freed)]
+        + [n for p in _POLICIES for point in segment.backward for n in (point.held(p).temporaries, point.held(p).freed)]
     )
 
 
@@ -161,6 +161,6 @@ def _read_segment(segment: Segment, numbers: Iterator[float]) -> SegmentNumbers:
     saved = {p: next(numbers) for p in _POLICIES}
     saved_frozen = {p: next(numbers) for p in _POLICIES}
     inputs, outputs, forward, rows = (next(numbers) for _ in range(4))
-    backward = tuple((next(numbers), next(numbers)) for _ in segment.backward)
+    backward = {p: tuple((next(numbers), next(numbers)) for _ in segment.backward) for p in _POLICIES}
     ops = tuple(OpNumbers(op, *(next(numbers) for _ in range(11))) for op in segment.ops)
     return SegmentNumbers(segment, ops, saved, saved_frozen, inputs, outputs, forward, backward, rows)

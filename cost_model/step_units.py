@@ -29,7 +29,7 @@ class UnitWork:
     when no backward is needed). host_seconds: one way, for activations kept in host memory.
     Bytes on one GPU: saved from forward to backward on the GPU; host: in host memory instead; recomputed: recreated by
     the recompute; forward_peak: temporaries; backward_peaks / freed: at each of the segment's backward points,
-    temporaries and what is no longer needed of what was saved or recomputed; exchange: all-to-all buffers.
+    temporaries and what of the saved or recomputed is not there (any longer, or yet); exchange: all-to-all buffers.
     """
 
     forward: Chain
@@ -101,7 +101,7 @@ def unit_work(
         return _chain(numbers, indices, seconds, split, groups, prices, kind, options.overlap)
 
     saved, recomputed = kept(numbers, policy, gradient, split, options.stack)
-    forward_peak, backward_peaks = peaks(numbers, gradient, split, groups, options)
+    forward_peak, backward_peaks = peaks(numbers, policy, gradient, split, groups, options)
     host = saved if plan.offload and segment.role not in ("embed", "head") else 0.0
     return UnitWork(
         forward=chain(step_chain.forward_indices(numbers), "compute"),
@@ -113,7 +113,7 @@ def unit_work(
         recomputed=recomputed,
         forward_peak=forward_peak,
         backward_peaks=backward_peaks,
-        freed=freed(numbers, gradient, split, saved + recomputed),
+        freed=freed(numbers, policy, gradient, split, saved + recomputed, options.stack),
         exchange=exchange_buffers(numbers, split, groups),
     )
 

@@ -10,7 +10,7 @@ so that one capture answers every sequence length, micro-batch and layout.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TypeAlias
 
@@ -148,10 +148,19 @@ class Saved:
 
 
 @dataclass(frozen=True)
+class Held:
+    """Bytes of one instance at a moment of its backward. temporaries: beside what was saved or is made again. freed: of
+    that, what is no longer needed, not made yet, or never in memory."""
+
+    temporaries: Expr
+    freed: Expr
+
+
+@dataclass(frozen=True)
 class BackwardPoint:
     """A moment of a segment's backward at which it may hold the most, as activations or parameters weigh more.
 
-    Bytes of one instance: temporaries; freed: what was saved, or made again by recompute, and is no longer needed.
+    temporaries, freed: as in `Held`, when nothing is made again. under: by policies that make something again.
     dense / expert: part of the dense and of the expert parameters whose gradients are there.
     """
 
@@ -159,6 +168,10 @@ class BackwardPoint:
     freed: Expr
     dense: float = 1.0
     expert: float = 1.0
+    under: dict[Recompute, Held] = field(default_factory=dict)
+
+    def held(self, policy: Recompute) -> Held:
+        return self.under.get(policy) or Held(self.temporaries, self.freed)
 
 
 @dataclass(frozen=True)

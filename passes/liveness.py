@@ -2,7 +2,8 @@
 
 A tensor's memory lives from the node that makes it to the last use of any view of it. Inputs live all the time, since
 the caller holds them. While a node runs, what it reads and what it makes are both alive; temporaries inside a kernel
-are not seen. Equal to what torch's MemTracker measures when the graph is run.
+are not seen. Equal to what torch's MemTracker measures when the graph is run. When it is compiled, a kernel's results
+may take the memory of what it is the last to read (`in_place`).
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import sympy
 import torch
 from torch import Tensor, fx
 
 from omnicompile.capture.classify import is_in_place, is_view
+from omnicompile.capture.fusion import in_one_piece
 
 _c10d = torch.ops._c10d_functional
 _WAIT = _c10d.wait_tensor.default
@@ -105,19 +107,29 @@ def storages_bytes(nodes: Iterable[fx.Node], rows: Rows) -> int:
     return sum(tensor_bytes(node.meta.get("val"), rows) for node in nodes)
 
 
+@dataclass(frozen=True)
+class Compiled:
+    """How a graph's compute runs when it is compiled. kernels: nodes that run together, which read what any of them
+    reads until all of their results are there. in_registers: results that are never in memory. over: result -> tensor
+    whose memory it takes."""
+
+    kernels: Sequence[Sequence[fx.Node]] = ()
+    in_registers: Collection[fx.Node] = ()
+    over: Mapping[fx.Node, fx.Node] = field(default_factory=dict)
+
+
 def peak_bytes(
     gm: fx.GraphModule,
     rows: Rows | None = None,
-    kernels: Iterable[Sequence[fx.Node]] = (),
-    in_registers: Collection[fx.Node] = (),
+    compiled: Compiled | None = None,
     in_flight: bool = False,
+    staged: Mapping[fx.Node, int] | None = None,
 ) -> Peak:
-    """Where the most memory is alive when `gm` runs node by node. rows: values of sizes known only at run time; by
-    default balanced routing. kernels: nodes that run together, which read what any of them reads until the last is
-    done. in_registers: results that are never in memory. in_flight: what a collective reads lives until it is waited
-    for, as on a GPU; MemTracker does not count it."""
-    walk = _Walk(gm.graph, balanced_rows(gm.graph) if rows is None else rows, kernels, in_registers, in_flight)
-    return walk.run()
+    """Where the most memory is alive when `gm` runs node by node, or as `compiled`. rows: values of sizes known only at
+    run time; by default balanced routing. in_flight: what a collective reads lives until it is waited for, as on a GPU;
+    MemTracker does not count it. staged: collective -> bytes of the copies that it makes for itself until then."""
+    rows = balanced_rows(gm.graph) if rows is None else rows
+    return _Walk(gm.graph, rows, compiled or Compiled(), in_flight, staged or {}).run()
 
 
 def launch_of(wait: fx.Node) -> fx.Node:
@@ -127,41 +139,53 @@ def launch_of(wait: fx.Node) -> fx.Node:
 
 
 class _Walk:
-    """One pass over a graph. `live`: storages alive, by the node that owns them."""
+    """One pass over a graph. `live`: storages alive, by the node that owns them. `copies`: those of collectives on
+    their way."""
 
     def __init__(
-        self,
-        graph: fx.Graph,
-        rows: Rows,
-        kernels: Iterable[Sequence[fx.Node]],
-        in_registers: Collection[fx.Node],
-        in_flight: bool,
+        self, graph: fx.Graph, rows: Rows, compiled: Compiled, in_flight: bool, staged: Mapping[fx.Node, int]
     ) -> None:
-        self.in_flight = in_flight
-        self.rows, self.in_registers = rows, set(in_registers)
-        self.last_of = {node: kernel[-1] for kernel in kernels for node in kernel}
-        self.nodes = list(graph.nodes)
+        self.compiled, self.in_flight, self.staged = compiled, in_flight, staged
+        self.rows, self.in_registers = rows, set(compiled.in_registers)
+        self.nodes = in_one_piece(graph.nodes, compiled.kernels)
+        self.position = {node: index for index, node in enumerate(self.nodes)}
         self.inputs = {n for n in self.nodes if n.op in ("placeholder", "get_attr")}
         self.live: dict[fx.Node, int] = {}
+        self.copies: dict[fx.Node, int] = {}
         self.total = 0
         self.frees = self._last_uses()
 
     def _last_uses(self) -> dict[int, list[fx.Node]]:
         """By position: the storages that nothing reads after it. A tuple dies with the last element taken from it."""
         last: dict[fx.Node, int] = {}
-        position = {node: index for index, node in enumerate(self.nodes)}
+
+        def hold(items: Iterable[fx.Node], until: int) -> None:
+            for item in items:
+                owner = self._owner(item)
+                last[owner] = max(last.get(owner, 0), until)
+
+        end_of = self._ends(self.compiled.kernels)
         for index, node in enumerate(self.nodes):
-            end = position[self.last_of.get(node, node)]
-            for item in (node, *node.all_input_nodes):
-                last[storage_of(item)] = max(last.get(storage_of(item), 0), end)
+            hold((node, *node.all_input_nodes), end_of.get(node, index))
             if self.in_flight and node.target is _WAIT:
-                for item in launch_of(node).all_input_nodes:
-                    last[storage_of(item)] = max(last.get(storage_of(item), 0), index)
+                hold(launch_of(node).all_input_nodes, index)
         frees: dict[int, list[fx.Node]] = {}
         for owner, index in last.items():
             if owner not in self.inputs:
                 frees.setdefault(index, []).append(owner)
         return frees
+
+    def _ends(self, groups: Iterable[Sequence[fx.Node]]) -> dict[fx.Node, int]:
+        """Node -> position of the last one of its group."""
+        ends = ((group, max(self.position[node] for node in group)) for group in groups)
+        return {node: end for group, end in ends for node in group}
+
+    def _owner(self, node: fx.Node) -> fx.Node:
+        """The node whose memory a result lives in; that of a tensor that it is written over, if there is one."""
+        owner = storage_of(node)
+        while (source := self.compiled.over.get(owner)) is not None:
+            owner = storage_of(source)
+        return owner
 
     def run(self) -> Peak:
         held = sum(tensor_bytes(n.meta.get("val"), self.rows) for n in self.inputs if n.op == "placeholder")
@@ -172,12 +196,18 @@ class _Walk:
             if self.total > peak:
                 peak, at = self.total, node.name
                 holders = {owner.name: size for owner, size in self.live.items()}
+                holders |= {f"{launch.name} (staged)": size for launch, size in self.copies.items()}
             for owner in self.frees.get(index, []):
                 self.total -= self.live.pop(owner, 0)
+            if node.target is _WAIT:
+                self.total -= self.copies.pop(launch_of(node), 0)
         return Peak(held + peak, held, at, dict(sorted(holders.items(), key=lambda item: -item[1])))
 
     def _start(self, node: fx.Node) -> None:
-        if storage_of(node) is not node:
+        if node in self.staged:
+            self.copies[node] = self.staged[node]
+            self.total += self.staged[node]
+        if self._owner(node) is not node:
             return
         size = 0 if node in self.in_registers else tensor_bytes(node.meta.get("val"), self.rows)
         if node.target is operator.getitem:  # moves from the tuple, which then holds the others only

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from torch import fx
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import Tensor, fx
 
 from omnicompile.capture.classify import HEAVY, is_free, is_fusible, is_in_place, storage_of
 
@@ -87,6 +90,43 @@ def _readers(users: list[fx.Node], group_of: dict[fx.Node, list[fx.Node]]) -> li
     return found
 
 
+def with_siblings(
+    nodes: list[fx.Node], groups: list[list[fx.Node]], stretch: Mapping[fx.Node, int] | None = None
+) -> list[list[fx.Node]]:
+    """Groups of `fuse`, those made one that read the same tensor, as large as what they make, when equally many
+    unfusible operators precede them: Inductor runs these together, so that what they read is there until all of their
+    results are. stretch: number of the compiled code that a node is in; by default all are in one."""
+    depth = _depths(nodes)
+    found: dict[tuple[int, int, fx.Node], list[fx.Node]] = {}
+    merged: list[list[fx.Node]] = []
+    for group in groups:
+        level, size = max(depth[node] for node in group), _largest(group)
+        place = (level, stretch[group[-1]] if stretch else 0)
+        keys = [(*place, base) for base in group_traffic(group)[0] if size and elements(base) == size]
+        beside = next((found[key] for key in keys if key in found), None) if is_fusible(group[0]) else None
+        if beside is None:
+            beside = []
+            merged.append(beside)
+        beside += group
+        if is_fusible(group[0]):
+            found |= dict.fromkeys(keys, beside)
+    return merged
+
+
+def _largest(group: list[fx.Node]) -> int:
+    """Elements of the largest result; 0 if that is not known."""
+    sizes = [elements(node) for node in group]
+    return max((size for size in sizes if isinstance(size, int)), default=0) if None not in sizes else 0
+
+
+def elements(node: fx.Node) -> object:
+    """Number of elements of a result, an expression where sizes are symbols."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor):
+        return None
+    return math.prod(size if isinstance(size, int) else size.node.expr for size in value.shape)
+
+
 def group_traffic(group: list[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
     """(read, written): the tensors that a kernel reads from memory, and those of its results that are used outside.
 
@@ -120,3 +160,58 @@ def _leaves(user: fx.Node, inside: set[fx.Node]) -> bool:
     if user.op == "call_function" and is_free(user) and user.target not in HEAVY:
         return any(_leaves(u, inside) for u in user.users) if user.users else False
     return True
+
+
+def in_one_piece(nodes: Iterable[fx.Node], groups: Iterable[Sequence[fx.Node]]) -> list[fx.Node]:
+    """`nodes` in an order in which each group stands together: where its last node is, or before the first node outside
+    of it that reads one of its results. What a group reads comes before it."""
+    return _InOnePiece(list(nodes), groups).order()
+
+
+class _InOnePiece:
+    """A *unit* is a group, or a node that is in none."""
+
+    def __init__(self, nodes: list[fx.Node], groups: Iterable[Sequence[fx.Node]]) -> None:
+        self._nodes = nodes
+        self._unit = {node: (node,) for node in nodes} | {node: tuple(group) for group in groups for node in group}
+        position = {node: index for index, node in enumerate(nodes)}
+        self._first = {unit: min(position[node] for node in unit) for unit in set(self._unit.values())}
+        self._last = {unit: max(position[node] for node in unit) for unit in set(self._unit.values())}
+        self._done: set[fx.Node] = set()
+        self._order: list[fx.Node] = []
+
+    def order(self) -> list[fx.Node]:
+        waiting: list[fx.Node] = []
+        for index, node in enumerate(self._nodes):
+            if self._last[self._unit[node]] > index:
+                continue
+            base = storage_of(node)
+            if base is not node and is_free(node) and base in self._unit and base not in self._done:
+                waiting.append(node)  # a view of what is yet to be made
+            else:
+                self._place(self._unit[node])
+        for node in waiting:
+            self._place(self._unit[node])
+        return self._order
+
+    def _place(self, unit: tuple[fx.Node, ...]) -> None:
+        """Put a unit next, after what it reads."""
+        stack, entered = [unit], set[tuple[fx.Node, ...]]()
+        while stack:
+            top = stack[-1]
+            if top[0] in self._done:
+                stack.pop()
+                continue
+            before = [] if top in entered else self._missing(top)
+            entered.add(top)
+            if before:
+                stack += before
+            else:
+                self._order += top
+                self._done.update(top)
+                stack.pop()
+
+    def _missing(self, unit: tuple[fx.Node, ...]) -> list[tuple[fx.Node, ...]]:
+        read = (source for node in unit for source in node.all_input_nodes if source in self._unit)
+        units = {self._unit[source] for source in read if source not in self._done} - {unit}
+        return sorted(units, key=lambda unit: -self._first[unit])  # the earliest is placed first

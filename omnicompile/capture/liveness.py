@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-import sympy
 from torch import Tensor, fx
-from torch._ops import OpOverload
 
 from omnicompile.capture.annotate import gradient_feeds
-from omnicompile.capture.classify import ATTENTION, is_cheap, is_free, storage_of
-from omnicompile.capture.fusion import fuse, only_inside
+from omnicompile.capture.backward_points import Sizes, backward_points, by_kernels, last_uses, live
+from omnicompile.capture.classify import ATTENTION, is_cheap, storage_of
 from omnicompile.capture.joint import JointGraph
 from omnicompile.capture.symbols import SizeReader
 from omnicompile.program import BackwardPoint, Expr, Recompute, Saved
-
-ZERO = sympy.Integer(0)
-
-POINTS = 3
-"""Moments of a backward at most."""
 
 
 @dataclass
@@ -30,31 +23,6 @@ class Liveness:
     saved: dict[Recompute, Saved]
     forward_peak: Expr
     backward: tuple[BackwardPoint, ...]
-
-
-@dataclass(frozen=True)
-class _Sizes:
-    """Bytes per instance of a segment. shared: tensors that all instances read, to how many these are."""
-
-    reader: SizeReader
-    shared: Mapping[fx.Node, int]
-
-    def total(self, nodes: Iterable[fx.Node]) -> Expr:
-        return sum((self.reader.nbytes(n.meta.get("val")) / self.shared.get(n, 1) for n in nodes), ZERO)
-
-    def numbers(self) -> Callable[[fx.Node], float]:
-        """Bytes in this capture of a node's result, per instance."""
-        found: dict[fx.Node, float] = {}
-
-        def number(node: fx.Node) -> float:
-            if node not in found:
-                found[node] = self.reader.magnitude(self.total([node]))
-            return found[node]
-
-        return number
-
-    def larger(self, left: Expr, right: Expr) -> bool:
-        return self.reader.magnitude(left) >= self.reader.magnitude(right)
 
 
 def _needed_by(joint: JointGraph, labels: frozenset[str]) -> dict[fx.Node, None]:
@@ -114,7 +82,7 @@ def _attention_results(joint: JointGraph) -> set[fx.Node]:
     return {node for node in joint.forward if _producer(node).target in ATTENTION}
 
 
-def _policy(joint: JointGraph, sizes: _Sizes, policy: Recompute, labels: frozenset[str]) -> tuple[Expr, set[fx.Node]]:
+def _policy(joint: JointGraph, sizes: Sizes, policy: Recompute, labels: frozenset[str]) -> tuple[Expr, set[fx.Node]]:
     """(bytes kept, forward calls run again) for the gradients `labels`. A policy that would keep no less than a milder
     one does as that one."""
     needed = _needed_by(joint, labels)
@@ -146,101 +114,12 @@ def _choice(
     return stored, again
 
 
-def _last_uses(calls: list[fx.Node]) -> dict[fx.Node, int]:
-    """Storage -> index of the last call that reads it."""
-    return {storage_of(source): index for index, node in enumerate(calls) for source in node.all_input_nodes}
-
-
-def _live(calls: list[fx.Node], skip: set[fx.Node]) -> Iterator[frozenset[fx.Node]]:
-    """For each call the storages of results that live during it; not those in `skip`, nor what stays in registers."""
-    skip = skip | only_inside(fuse(calls))
-    last_use = _last_uses(calls)
-    live: set[fx.Node] = set()
-    for index, node in enumerate(calls):
-        if not is_free(node) or node.target is operator.getitem:
-            base = storage_of(node)
-            if base is node and node not in skip and isinstance(node.meta.get("val"), Tensor):
-                live.add(node)
-        yield frozenset(live)
-        for source in {storage_of(s) for s in node.all_input_nodes} | {node}:
-            if last_use.get(source, index) <= index:
-                live.discard(source)
-
-
-@dataclass(frozen=True)
-class _Corner:
-    """A call of a backward: live results, saved storages that are no longer needed, elements of dense and of expert
-    parameters that have gradients. x: bytes in this capture, live less freed. y: elements."""
-
-    live: frozenset[fx.Node]
-    freed: tuple[fx.Node, ...]
-    made: tuple[float, float]
-    x: float
-    y: float
-
-
-def _stretch_ends(calls: list[fx.Node]) -> list[int]:
-    """For each call the last one of the stretch that is compiled with it: what goes into compiled code is held until it
-    returns. Custom operators (attention, experts) are on their own."""
-    ends: list[int] = []
-    end = len(calls) - 1
-    for index in range(len(calls) - 1, -1, -1):
-        target = calls[index].target
-        own = isinstance(target, OpOverload) and target.namespace not in ("aten", "prims")
-        ends.append(index if own else end)
-        end = index - 1 if own else end
-    return ends[::-1]
-
-
-def _forward_peak(joint: JointGraph, sizes: _Sizes, kept: set[fx.Node]) -> Expr:
+def _forward_peak(joint: JointGraph, sizes: Sizes, kept: set[fx.Node]) -> Expr:
     """The most bytes of results that live at a time, beyond what is `kept`."""
     number = sizes.numbers()
-    most = max(_live(joint.forward, kept), key=lambda live: sum(map(number, live)), default=frozenset[fx.Node]())
-    return sizes.total(most)
-
-
-def _backward_points(
-    joint: JointGraph, sizes: _Sizes, saved: Iterable[fx.Node], experts: Collection[str]
-) -> tuple[BackwardPoint, ...]:
-    """The corners of (bytes of activations, gradients): one of them holds the most, however large a byte of the one is
-    beside a byte of the other on a rank. In order; the fewest gradients come first."""
-    gradients = {storage_of(node): name for name, node in joint.weight_grads.items()}
-    last_use, ends, number = _last_uses(joint.backward), _stretch_ends(joint.backward), sizes.numbers()
-    held_until = {node: ends[last_use[node]] for node in saved if node not in sizes.shared and node in last_use}
-    made = [0.0, 0.0]
-    found: list[_Corner] = []
-    for index, (node, live) in enumerate(zip(joint.backward, _live(joint.backward, set(gradients)))):
-        if node in gradients:
-            made[gradients[node] in experts] += node.meta["val"].numel()
-        freed = tuple(node for node, end in held_until.items() if end < index)
-        found.append(
-            _Corner(live, freed, (made[0], made[1]), sum(map(number, live)) - sum(map(number, freed)), sum(made))
-        )
-    dense, expert = (total or 1.0 for total in made)
-    return tuple(
-        BackwardPoint(sizes.total(c.live), sizes.total(c.freed), c.made[0] / dense, c.made[1] / expert)
-        for c in _corners(found)
-    ) or (BackwardPoint(ZERO, ZERO),)
-
-
-def _corners(found: list[_Corner]) -> list[_Corner]:
-    """Those on the upper right of the convex hull, by rising y; of more than `POINTS` those that stand out least are
-    left out."""
-    hull: list[_Corner] = []
-    for corner in sorted(found, key=lambda c: (-c.x, -c.y)):
-        if hull and corner.y <= hull[-1].y:
-            continue
-        while len(hull) > 1 and _stands_out(hull[-2], hull[-1], corner) <= 0:
-            hull.pop()
-        hull.append(corner)
-    while len(hull) > POINTS:
-        del hull[min(range(1, len(hull) - 1), key=lambda i: _stands_out(*hull[i - 1 : i + 2]))]
-    return hull
-
-
-def _stands_out(a: _Corner, b: _Corner, c: _Corner) -> float:
-    """Twice the area of the triangle; positive if b lies to the upper right of the line from a to c."""
-    return (b.x - a.x) * (c.y - a.y) - (b.y - a.y) * (c.x - a.x)
+    calls, kernel_end, registers = by_kernels(joint.forward)
+    moments = live(calls, last_uses(calls, kernel_end), kept | registers)
+    return sizes.total(max(moments, key=lambda alive: sum(map(number, alive)), default=frozenset[fx.Node]()))
 
 
 def analyse(
@@ -254,16 +133,17 @@ def analyse(
     the segment read too (the encoder's output in a decoder's layers) -> number of instances. experts: names of
     parameters of experts."""
     both, inputs_only = frozenset({"weight", "input"}), frozenset({"input"})
-    sizes = _Sizes(reader, shared)
-    saved = {}
+    sizes = Sizes(reader, shared)
+    saved, runs_again = {}, {}
     for policy in Recompute:
         nbytes, again = _policy(joint, sizes, policy, both)
         frozen, _ = _policy(joint, sizes, policy, inputs_only)
+        runs_again[policy] = again
         names = dict.fromkeys(fused_names[n] for n in joint.forward if n in again and n in fused_names)
         saved[policy] = Saved(nbytes, frozen, tuple(names))
     needed = _needed_by(joint, both)
     return Liveness(
         saved=saved,
         forward_peak=_forward_peak(joint, sizes, set(needed) | {storage_of(o) for o in joint.outputs}),
-        backward=_backward_points(joint, sizes, needed, experts),
+        backward=backward_points(joint, sizes, needed, runs_again, experts),
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from omnicompile.capture.regions import modality_of_input
 from omnicompile.errors import CaptureError
-from omnicompile.program import Edge, Expr, GemmShape, Op, Phase, Program, Saved, Segment, Sym
+from omnicompile.program import BackwardPoint, Edge, Expr, GemmShape, Held, Op, Phase, Program, Saved, Segment, Sym
 
 _HOST_NAMES = ("grid", "sizes", "lens", "lengths", "mask")
 
@@ -70,9 +70,14 @@ def _scaled_segment(segment: Segment) -> Segment:
         input_bytes=times(segment.input_bytes),
         output_bytes=times(segment.output_bytes),
         forward_peak=times(segment.forward_peak),
-        backward=tuple(replace(p, temporaries=times(p.temporaries), freed=times(p.freed)) for p in segment.backward),
+        backward=tuple(_scaled_point(p) for p in segment.backward),
         logits=None if logits is None else (times(logits[0]), logits[1]),
     )
+
+
+def _scaled_point(point: BackwardPoint) -> BackwardPoint:
+    under = {p: Held(h.temporaries * Sym.B, h.freed * Sym.B) for p, h in point.under.items()}
+    return replace(point, temporaries=point.temporaries * Sym.B, freed=point.freed * Sym.B, under=under)
 
 
 def _scaled_op(op: Op) -> Op:

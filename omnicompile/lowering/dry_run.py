@@ -20,7 +20,7 @@ from omnicompile.cost_model.step_model import OPTIMIZER_BYTES
 from omnicompile.cost_model.timeline import Timeline, simulate
 from omnicompile.lowering.full_size import full_program
 from omnicompile.lowering.step_graph import FIRST, LAST, ONLY, finish_step, schedule_step
-from omnicompile.lowering.step_prices import Kernel, Prices, counted, in_registers, kernels
+from omnicompile.lowering.step_prices import Kernel, Prices, compiled, counted, kernels
 from omnicompile.lowering.tiny import Batch
 from omnicompile.passes import lower_forward
 from omnicompile.passes.liveness import balanced_rows, peak_bytes, tensor_bytes
@@ -76,11 +76,10 @@ def dry_run_program(
     step = finish_step(program, scheduled, LAST if accumulation > 1 else ONLY)
     gm = step.gm
     rows = balanced_rows(gm.graph)
-    found = kernels(gm)
-    peak = peak_bytes(gm, rows, [kernel.nodes for kernel in found], in_registers(found), in_flight=True)
+    found, prices = kernels(gm), Prices(program.mesh, cluster, host, rows)
+    peak = peak_bytes(gm, rows, compiled(gm), in_flight=True, staged=prices.staged(gm.graph))
     states = {n.name: tensor_bytes(n.meta["val"], rows) for n in gm.graph.find_nodes(op="placeholder")}
     trained = {name: _master_bytes(program, name) for name, spec in program.params.items() if spec.trainable}
-    prices = Prices(program.mesh, cluster, host, rows)
     last = _timeline(gm, found, prices)
     timeline = last
     if accumulation > 1:

@@ -15,14 +15,15 @@ import torch
 from torch import Tensor, fx
 
 from omnicompile.capture.classify import CONVOLUTIONS, MATMULS, is_free
-from omnicompile.capture.fusion import fuse, group_traffic
+from omnicompile.capture.fusion import fuse, group_traffic, in_one_piece, only_inside, with_siblings
 from omnicompile.cluster import Cluster
 from omnicompile.cost_model.collectives import channel, collective_seconds
 from omnicompile.cost_model.hardware import Hardware, load_hardware
 from omnicompile.cost_model.kernels import attention_seconds, gemm_seconds, grouped_gemm_seconds, memory_seconds
 from omnicompile.cost_model.schedule import COMPUTE, COPY, Dep, Task
 from omnicompile.lowering.regions import find_regions
-from omnicompile.passes.liveness import Rows, elements, launch_of, storages_bytes, tensor_bytes
+from omnicompile.passes.in_place import written_over
+from omnicompile.passes.liveness import Compiled, Rows, elements, launch_of, storages_bytes, tensor_bytes
 from omnicompile.passes.offload_op import FETCH, FETCH_WAIT, OFFLOAD, OFFLOAD_WAIT
 from omnicompile.passes.rank_program import GROUP_PREFIX, group_ranks
 from omnicompile.plan import Mesh
@@ -68,9 +69,15 @@ def kernels(gm: fx.GraphModule) -> list[Kernel]:
     return sorted(found, key=lambda kernel: order[kernel.nodes[-1]])
 
 
-def in_registers(found: list[Kernel]) -> set[fx.Node]:
-    """Results that are read inside their own kernel only: they are never in memory."""
-    return {node for kernel in found for node in set(kernel.nodes) - set(group_traffic(list(kernel.nodes))[1])}
+def compiled(gm: fx.GraphModule) -> Compiled:
+    """How the graph's compute runs as far as memory goes: element-wise work that reads the same is one kernel too."""
+    found, over = list[list[fx.Node]](), dict[fx.Node, fx.Node]()
+    for region in find_regions(gm):
+        nodes = list(region.nodes)
+        groups = with_siblings(nodes, fuse(nodes))
+        over |= written_over(groups, in_one_piece(nodes, groups))
+        found += groups
+    return Compiled(found, only_inside(found), over)
 
 
 def is_collective(node: fx.Node) -> bool:
@@ -161,6 +168,12 @@ class Prices:
         """(ranks, of them on one node)"""
         ranks = group_ranks(self.mesh, axes, 0)
         return len(ranks), sum(rank // self.per_node == 0 for rank in ranks)
+
+    def staged(self, graph: fx.Graph) -> dict[fx.Node, int]:
+        """Bytes of the copies that a gather makes of its result while it is on its way."""
+        gathers = [node for node in graph.nodes if _COLLECTIVES.get(node.target) == "all_gather"]
+        copies = self.hw.collective.gather_copies
+        return {node: int(copies * tensor_bytes(node.meta["val"], self.rows)) for node in gathers} if copies else {}
 
     def all_reduce(self, axes: str, nbytes: float) -> float:
         """Seconds to sum a flat buffer that is packed before and unpacked after."""

@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from omnicompile.capture.liveness import POINTS, _Corner, _corners, analyse
+from omnicompile.capture.backward_points import POINTS, Corner, corners
+from omnicompile.capture.liveness import analyse
 from omnicompile.program import Phase, Recompute, Sym
 
 from .small import TOKENS, WIDTH, Language, joint_of, program_of, reader, text
@@ -90,12 +91,37 @@ def test_what_goes_into_compiled_code_is_held_until_it_returns() -> None:
     assert all(point.freed == 0 for point in points) and points[-1].dense == 1.0
 
 
+def test_a_kernel_holds_what_it_reads_until_all_its_results_are_there() -> None:
+    """Of a gate: while the gradients of both its factors come into being, so does what they are made of live."""
+    joint = joint_of(lambda x, w: (torch.nn.functional.silu(x @ w) * (x @ w)) @ w)
+    first = analyse(joint, reader(), {}, {}, ()).backward[0]
+    assert first.temporaries.coeff(Sym.S) == 3 * ROW
+
+
+def test_what_runs_again_is_there_from_its_first_use_to_its_last() -> None:
+    """Two chains between products: while the later one's backward runs, what the earlier one's needs is not there."""
+    joint = joint_of(lambda x, w: ((x @ w).exp().sigmoid() @ w).exp().sigmoid() @ w)
+    found = analyse(joint, reader(), {}, {}, ())
+    kept, selective = (found.saved[p].nbytes.coeff(Sym.S) for p in (Recompute.NONE, Recompute.SELECTIVE))
+    assert (kept, selective) == (4 * ROW, 2 * ROW)
+    first = found.backward[0]
+    assert first.freed == 0
+    assert first.held(Recompute.SELECTIVE).freed.coeff(Sym.S) >= ROW
+    assert first.held(Recompute.NONE).freed == first.freed
+    most = {
+        p: max((saved.nbytes * 0 + found.saved[Recompute.NONE].nbytes + h.temporaries - h.freed).coeff(Sym.S)
+               for h in (point.held(p) for point in found.backward))
+        for p, saved in found.saved.items()
+    }  # fmt: skip
+    assert most[Recompute.SELECTIVE] < most[Recompute.NONE]
+
+
 def test_corners_are_the_upper_right_of_the_hull() -> None:
-    def corner(x: float, y: float) -> _Corner:
-        return _Corner(frozenset(), (), (y, 0.0), x, y)
+    def corner(x: float, y: float) -> Corner:
+        return Corner(frozenset(), (), (y, 0.0), x, y)
 
     found = [corner(*xy) for xy in ((10, 0), (9, 1), (7, 7), (8, 3), (2, 8), (1, 9), (0, 9))]
-    kept = [(c.x, c.y) for c in _corners(found)]
+    kept = [(c.x, c.y) for c in corners(found)]
     assert kept == [(10, 0), (7, 7), (1, 9)]
     for weight in (0.1, 0.5, 1.0, 2.0, 10.0):
         assert max(x + weight * y for x, y in kept) == max(c.x + weight * c.y for c in found)

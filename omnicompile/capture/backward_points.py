@@ -1,0 +1,231 @@
+"""The moments of a segment's backward at which it may hold the most, under each recompute policy."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import sympy
+from torch import Tensor, fx
+from torch._ops import OpOverload
+
+from omnicompile.capture.classify import is_free, storage_of
+from omnicompile.capture.fusion import fuse, in_one_piece, only_inside, with_siblings
+from omnicompile.capture.joint import JointGraph
+from omnicompile.capture.rerun import rerun
+from omnicompile.capture.symbols import SizeReader
+from omnicompile.program import BackwardPoint, Expr, Held, Recompute
+
+ZERO = sympy.Integer(0)
+
+POINTS = 3
+"""Moments of a backward at most."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes per instance of a segment. shared: tensors that all instances read, to how many these are."""
+
+    reader: SizeReader
+    shared: Mapping[fx.Node, int]
+
+    def total(self, nodes: Iterable[fx.Node]) -> Expr:
+        return sum((self.reader.nbytes(n.meta.get("val")) / self.shared.get(n, 1) for n in nodes), ZERO)
+
+    def numbers(self) -> Callable[[fx.Node], float]:
+        """Bytes in this capture of a node's result, per instance."""
+        found: dict[fx.Node, float] = {}
+
+        def number(node: fx.Node) -> float:
+            if node not in found:
+                found[node] = self.reader.magnitude(self.total([node]))
+            return found[node]
+
+        return number
+
+    def larger(self, left: Expr, right: Expr) -> bool:
+        return self.reader.magnitude(left) >= self.reader.magnitude(right)
+
+
+def last_uses(calls: Sequence[fx.Node], kernel_end: Mapping[fx.Node, int]) -> dict[fx.Node, int]:
+    """Storage -> index of the last call that reads it. A kernel reads what any of its calls reads until it ends."""
+    last: dict[fx.Node, int] = {}
+    for index, node in enumerate(calls):
+        for source in node.all_input_nodes:
+            base = storage_of(source)
+            last[base] = max(last.get(base, 0), kernel_end.get(node, index))
+    return last
+
+
+def kernel_ends(calls: Sequence[fx.Node], groups: Iterable[Sequence[fx.Node]]) -> dict[fx.Node, int]:
+    """Call -> index of the last call of its kernel."""
+    position = {node: index for index, node in enumerate(calls)}
+    ends = ((group, max(position[node] for node in group)) for group in groups)
+    return {node: end for group, end in ends for node in group}
+
+
+def stretch_ends(calls: Sequence[fx.Node]) -> list[int]:
+    """For each call the last one of the stretch that is compiled with it: what goes into compiled code is held until it
+    returns. Custom operators (attention, experts) are on their own."""
+    ends: list[int] = []
+    end = len(calls) - 1
+    for index in range(len(calls) - 1, -1, -1):
+        target = calls[index].target
+        own = isinstance(target, OpOverload) and target.namespace not in ("aten", "prims")
+        ends.append(index if own else end)
+        end = index - 1 if own else end
+    return ends[::-1]
+
+
+def by_kernels(calls: Sequence[fx.Node]) -> tuple[list[fx.Node], dict[fx.Node, int], set[fx.Node]]:
+    """(calls with those of a kernel together, call -> index of the last call of its kernel, results in registers)"""
+    groups = with_siblings(list(calls), fuse(list(calls)), dict(zip(calls, stretch_ends(calls))))
+    order = in_one_piece(calls, groups)
+    return order, kernel_ends(order, groups), only_inside(groups)
+
+
+def live(
+    calls: Sequence[fx.Node], ends: Mapping[fx.Node, int], skip: Collection[fx.Node]
+) -> Iterator[frozenset[fx.Node]]:
+    """For each call the storages of results that live during it, until the call in `ends`; not those in `skip`."""
+    dying: dict[int, list[fx.Node]] = {}
+    alive: set[fx.Node] = set()
+    for index, node in enumerate(calls):
+        if not is_free(node) or node.target is operator.getitem:
+            base = storage_of(node)
+            if base is node and node not in skip and isinstance(node.meta.get("val"), Tensor):
+                alive.add(node)
+                dying.setdefault(max(index, ends.get(node, index)), []).append(node)
+        yield frozenset(alive)
+        alive.difference_update(dying.pop(index, ()))
+
+
+@dataclass(frozen=True)
+class Corner:
+    """A call of a backward: live results, what is gone of all that the backward reads of the forward, elements of
+    dense and of expert parameters that have gradients. x: bytes in this capture, live less gone. y: elements."""
+
+    live: frozenset[fx.Node]
+    gone: tuple[fx.Node, ...]
+    made: tuple[float, float]
+    x: float
+    y: float
+
+
+class _Walk:
+    """The calls of a backward under a policy, kernel by kernel, and what lives during each. again: forward calls that
+    run again in it."""
+
+    def __init__(self, joint: JointGraph, again: Collection[fx.Node]) -> None:
+        self._again = again
+        self._origin, calls = rerun(joint, again)
+        self.copies = {origin: copy for copy, origin in self._origin.items()}
+        self._calls, self._kernel_end, self._registers = by_kernels(calls)
+        self.ends = self._ends()
+
+    def calls(self, skip: Iterable[fx.Node]) -> Iterator[tuple[int, fx.Node, frozenset[fx.Node]]]:
+        """(index, call, results that live during it), by nodes of the joint graph; not those in `skip`."""
+        left_out = self._registers | {self.copies[node] for node in skip if node in self.copies}
+        for index, alive in enumerate(live(self._calls, self.ends, left_out)):
+            yield index, self._origin[self._calls[index]], frozenset(self._origin[copy] for copy in alive)
+
+    def _ends(self) -> dict[fx.Node, int]:
+        """Call until which a storage is held. What comes from the forward goes into compiled code, which holds it until
+        it returns; so does what is made again in an earlier stretch."""
+        stretch = stretch_ends(self._calls)
+        made = {node: index for index, node in enumerate(self._calls)}
+        ends = last_uses(self._calls, self._kernel_end)
+        for node, index in ends.items():
+            of_forward = node not in made or self._origin[node] in self._again
+            if of_forward and (node not in made or stretch[made[node]] != stretch[index]):
+                ends[node] = stretch[index]
+        return ends
+
+
+def _corners_of(
+    joint: JointGraph, sizes: Sizes, needed: Collection[fx.Node], again: Collection[fx.Node], experts: Collection[str]
+) -> list[Corner]:
+    """One for each call of the backward under a policy."""
+    gradients = {storage_of(node): name for name, node in joint.weight_grads.items()}
+    walk, number = _Walk(joint, again), sizes.numbers()
+    counted = [node for node in needed if node not in sizes.shared and node in walk.copies]
+    kept_until = {node: walk.ends.get(walk.copies[node], 0) for node in counted if node not in again}
+    made = [0.0, 0.0]
+    corners: list[Corner] = []
+    for index, node, alive in walk.calls(gradients):
+        if node in gradients:
+            made[gradients[node] in experts] += node.meta["val"].numel()
+        gone = tuple(n for n in counted if (n not in alive if n in again else kept_until[n] < index))
+        here = alive.difference(counted)
+        x = sum(map(number, here)) - sum(map(number, gone))
+        corners.append(Corner(here, gone, (made[0], made[1]), x, sum(made)))
+    return corners
+
+
+def backward_points(
+    joint: JointGraph,
+    sizes: Sizes,
+    needed: Collection[fx.Node],
+    again: Mapping[Recompute, Collection[fx.Node]],
+    experts: Collection[str],
+) -> tuple[BackwardPoint, ...]:
+    """The corners of (bytes of activations, gradients) when nothing runs again: one of them holds the most, however
+    large a byte of the one is beside a byte of the other on a rank. In order; the fewest gradients come first. Under
+    the other policies, what a point holds is the most of all calls since the point before.
+
+    needed: of the forward, what the backward reads. again: forward calls that run again, by policy. experts: names of
+    parameters of experts.
+    """
+    whole = _corners_of(joint, sizes, needed, (), experts)
+    points = corners(whole)
+    if not points:
+        return (BackwardPoint(ZERO, ZERO),)
+    dense, expert = (total or 1.0 for total in whole[-1].made)
+    under = {
+        policy: _held(_corners_of(joint, sizes, needed, calls, experts), points, sizes)
+        for policy, calls in again.items()
+        if calls
+    }
+    return tuple(
+        BackwardPoint(
+            sizes.total(c.live),
+            sizes.total(c.gone),
+            c.made[0] / dense,
+            c.made[1] / expert,
+            {policy: held[i] for policy, held in under.items()},
+        )
+        for i, c in enumerate(points)
+    )
+
+
+def _held(found: Sequence[Corner], points: Sequence[Corner], sizes: Sizes) -> list[Held]:
+    """For each of `points` the most that is held since the one before; after the last one, to the end."""
+    held: list[Held] = []
+    start = -1.0
+    for i, point in enumerate(points):
+        end = point.y if i + 1 < len(points) else float("inf")
+        most = max((c for c in found if start < c.y <= end), key=lambda c: c.x)
+        held.append(Held(sizes.total(most.live), sizes.total(most.gone)))
+        start = end
+    return held
+
+
+def corners(found: Sequence[Corner]) -> list[Corner]:
+    """Those on the upper right of the convex hull, by rising y; of more than `POINTS` those that stand out least are
+    left out."""
+    hull: list[Corner] = []
+    for corner in sorted(found, key=lambda c: (-c.x, -c.y)):
+        if hull and corner.y <= hull[-1].y:
+            continue
+        while len(hull) > 1 and _stands_out(hull[-2], hull[-1], corner) <= 0:
+            hull.pop()
+        hull.append(corner)
+    while len(hull) > POINTS:
+        del hull[min(range(1, len(hull) - 1), key=lambda i: _stands_out(*hull[i - 1 : i + 2]))]
+    return hull
+
+
+def _stands_out(a: Corner, b: Corner, c: Corner) -> float:
+    """Twice the area of the triangle; positive if b lies to the upper right of the line from a to c."""
+    return (b.x - a.x) * (c.y - a.y) - (b.y - a.y) * (c.x - a.x)
