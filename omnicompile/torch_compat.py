@@ -24,6 +24,7 @@ __all__ = [
     "FakeTensorMode",
     "OpOverload",
     "compiler_backend",
+    "inductor_cache_counts",
     "is_autocast_switch",
     "is_grad_switch",
     "is_plain_host_tensor",
@@ -144,6 +145,14 @@ def compiler_backend(name: str) -> CompilerBackend:
 
     found: CompilerBackend = lookup_backend(name)
     return found
+
+
+def inductor_cache_counts() -> dict[str, int]:
+    """What became of the graphs that this process gave to Inductor: "hit" were in its cache, "miss" were compiled and
+    put there, "bypass" were compiled and cannot be kept."""
+    from torch._dynamo.utils import counters
+
+    return {what: counters["inductor"][f"fxgraph_cache_{what}"] for what in ("hit", "miss", "bypass")}
 
 
 def start_fake_group(world: int) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from omnicompile.torch_compat import (
     as_in_eager,
     compiler_backend,
+    inductor_cache_counts,
     is_plain_host_tensor,
     measured_peak,
     new_fake_mode,
@@ -55,6 +60,18 @@ def test_a_compiler_can_be_called_by_its_name() -> None:
     function = torch.compile(lambda x: x.sin() + 1, backend=compile)
     assert function(torch.zeros(2)).tolist() == [1.0, 1.0]
     assert seen == [1]
+
+
+@pytest.mark.slow
+def test_inductor_counts_what_it_finds_in_its_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    found = [inductor_cache_counts()]
+    for _ in range(2):
+        torch.compiler.reset()
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8))
+        found.append(inductor_cache_counts())
+    steps = [{name: after[name] - before[name] for name in before} for before, after in pairwise(found)]
+    assert steps == [{"hit": 0, "miss": 1, "bypass": 0}, {"hit": 1, "miss": 0, "bypass": 0}]
 
 
 def test_an_export_can_look_like_an_ordinary_run() -> None:
