@@ -177,7 +177,8 @@ def _part_of(item: _Item, width: float, total: float, split: Split, prices: Pric
     """The part of a product that makes `width` of `total` outputs."""
     sizes = {"m": item.op.m, "n": item.op.n, "k": item.op.k}
     cut = next(name for name, size in sizes.items() if name != item.op.op.token_dim and size == total)
-    op = replace(item.op, **{**sizes, cut: width})
+    sizes[cut] = width
+    op = replace(item.op, m=sizes["m"], n=sizes["n"], k=sizes["k"])
     return _Item(op, max(item.seconds * width / total, prices.op(op, split, 1)) if item.seconds else 0.0)
 
 
