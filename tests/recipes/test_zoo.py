@@ -30,6 +30,10 @@ PARAMETERS = {
     "qwen2_5_vl_72b": 73_410_777_344,
     "qwen3_omni_30b_a3b": 31_719_205_488,
     "omni_moe_30b_a3b": 31_838_483_456,
+    # Language model, encoders with their projectors, decoder.
+    "omni_janus": 6_910_365_696 + 324_668_416 + 172_722_827,
+    "omni_llama": 8_030_261_248 + 708_015_616 + 674_725_888 + 371_512_143,
+    "omni_qwen3_moe": 30_532_122_624 + 688_088_576 + 651_653_120 + 312_769_359,
 }
 SPECS = [
     pytest.param(spec, marks=pytest.mark.slow if "deepseek" in spec else ())  # built expert by expert

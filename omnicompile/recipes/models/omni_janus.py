@@ -1,0 +1,1 @@
+../../../examples/omni_janus.py

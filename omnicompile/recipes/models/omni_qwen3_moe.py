@@ -1,0 +1,1 @@
+../../../examples/omni_qwen3_moe.py
