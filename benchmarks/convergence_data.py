@@ -1,4 +1,4 @@
-"""Tasks with something to learn: shapes and colours to name and to draw, movements in videos, pitches of tones."""
+"""Tasks with something to learn: shapes and colours to name and to draw, changes in videos, pitches of tones."""
 
 from __future__ import annotations
 
@@ -13,13 +13,32 @@ from transformers import PreTrainedTokenizerFast
 
 from omnicompile.omni import Item, OmniModel, Text
 
-COLOURS = {"red": (1.0, -1.0, -1.0), "green": (-1.0, 1.0, -1.0), "blue": (-1.0, -1.0, 1.0), "yellow": (1.0, 1.0, -1.0)}
+COLOURS = {
+    "red": (1.0, -1.0, -1.0), "green": (-1.0, 1.0, -1.0), "blue": (-1.0, -1.0, 1.0), "yellow": (1.0, 1.0, -1.0),
+    "cyan": (-1.0, 1.0, 1.0), "pink": (1.0, -1.0, 1.0), "white": (1.0, 1.0, 1.0), "grey": (0.0, 0.0, 0.0),
+}  # fmt: skip
+FEW_COLOURS = tuple(COLOURS)[:4]  # that are drawn, and in videos
 SHAPES = ("square", "cross", "bar", "frame")
-MOVES = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
 PITCHES = ("lowest", "deep", "low", "middle", "raised", "high", "shrill", "highest")
-NAMES = tuple(itertools.product(COLOURS, SHAPES))
+NAMES = tuple(itertools.product(FEW_COLOURS, SHAPES))  # of what is drawn
 NEXT = dict(zip(PITCHES, (*PITCHES[1:], PITCHES[0])))
-_WORDS = ["<pad>", "<bos>", "<eos>", "what", "is", "this", "draw", "a", "moves", "sound", "of", "comes", "after"]
+_READ = tuple(itertools.product(COLOURS, SHAPES))
+_WORDS = [
+    "<pad>",
+    "<bos>",
+    "<eos>",
+    "what",
+    "is",
+    "this",
+    "draw",
+    "a",
+    "first",
+    "then",
+    "sound",
+    "of",
+    "comes",
+    "after",
+]
 _NOISE = 0.1
 
 Sample = list[Text | Item]
@@ -27,18 +46,35 @@ Sample = list[Text | Item]
 
 @dataclass(frozen=True)
 class Task:
-    """name: for reports. make: a sample and its right answer. chance: of guessing the answer. draws: the answer is a
-    picture; otherwise text."""
+    """name: for reports. make: a sample and its right answer. answers: how many different ones there are, all equally
+    likely. draws: the answer is a picture; otherwise text."""
 
     name: str
     make: Callable[[OmniModel, torch.Generator], tuple[Sample, str]]
-    chance: float
+    answers: int
     draws: bool = False
+
+    @property
+    def chance(self) -> float:
+        """That a guess is right, whatever it goes by, if every answer is asked for equally often."""
+        return 1 / self.answers
+
+    def prompts(self, model: OmniModel, count: int, seed: int) -> list[tuple[Sample, str]]:
+        """Samples in which every answer comes equally often. Raises ValueError where `count` does not allow it."""
+        if count % self.answers:
+            raise ValueError(f"{count} prompts cannot ask for {self.answers} answers equally often")
+        generator = torch.Generator().manual_seed(seed)
+        found: dict[str, list[tuple[Sample, str]]] = {}
+        while sum(map(len, found.values())) < count:
+            sample, answer = self.make(model, generator)
+            if len(same := found.setdefault(answer, [])) < count // self.answers:
+                same.append((sample, answer))
+        return [asked for same in zip(*found.values()) for asked in same]
 
 
 def tokenizer(special: dict[str, int]) -> PreTrainedTokenizerFast:
     """Of whole words, with the model's special tokens at their ids."""
-    words = [*_WORDS, *COLOURS, *SHAPES, *MOVES, *PITCHES]
+    words = [*_WORDS, *COLOURS, *SHAPES, *PITCHES]
     inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)} | special, unk_token="<pad>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>")
@@ -82,21 +118,28 @@ def _text(model: OmniModel, generator: torch.Generator) -> tuple[Sample, str]:
     return [Text(f"<bos> what comes after {pitch}", False), Text(f"{NEXT[pitch]} <eos>")], NEXT[pitch]
 
 
+def _seen(model: OmniModel, generator: torch.Generator) -> tuple[int, tuple[int, int], int]:
+    """Side, place and size of a shape to read."""
+    side = _side(model)
+    down, right = torch.randint(-2, 3, (2,), generator=generator).tolist()
+    return side, (down, right), 3 * side // 4
+
+
 def _image(model: OmniModel, generator: torch.Generator) -> tuple[Sample, str]:
-    colour, shape = _choice(generator, NAMES)
-    at = tuple(torch.randint(-2, 3, (2,), generator=generator).tolist())
-    picture = _noisy(draw(colour, shape, _side(model), at), generator)
+    colour, shape = _choice(generator, _READ)
+    picture = _noisy(draw(colour, shape, *_seen(model, generator)), generator)
     answer = f"{colour} {shape}"
-    return [Text("<bos> what is this", False), Item("image", picture), Text(f"a {answer} <eos>")], f"a {answer}"
+    return [Text("<bos> what is this a", False), Item("image", picture), Text(f"{answer} <eos>")], answer
 
 
 def _video(model: OmniModel, generator: torch.Generator) -> tuple[Sample, str]:
-    colour, shape = _choice(generator, NAMES)
-    move = _choice(generator, tuple(MOVES))
-    down, right = MOVES[move]
-    frames = [draw(colour, shape, _side(model), (down * (2 * i - 3), right * (2 * i - 3))) for i in range(4)]
-    video = _noisy(torch.stack(frames), generator)
-    return [Text("<bos> what moves", False), Item("image", video), Text(f"{colour} {move} <eos>")], f"{colour} {move}"
+    """Four frames of a shape that has another colour from the second, third or fourth on, or the same."""
+    before, after = _choice(generator, FEW_COLOURS), _choice(generator, FEW_COLOURS)
+    shape, where = _choice(generator, SHAPES), _seen(model, generator)
+    change = 1 + int(torch.randint(3, (), generator=generator))
+    frames = [draw(before if i < change else after, shape, *where) for i in range(4)]
+    video, answer = _noisy(torch.stack(frames), generator), f"{before} {after}"
+    return [Text("<bos> what is first then", False), Item("image", video), Text(f"{answer} <eos>")], answer
 
 
 def _sound(model: OmniModel, generator: torch.Generator) -> tuple[Sample, str]:
@@ -116,11 +159,11 @@ def _drawing(model: OmniModel, generator: torch.Generator) -> tuple[Sample, str]
 
 
 TASKS = (
-    Task("text", _text, 1 / len(PITCHES)),
-    Task("image", _image, 1 / len(NAMES)),
-    Task("video", _video, 1 / (len(COLOURS) * len(MOVES))),
-    Task("audio", _sound, 1 / len(PITCHES)),
-    Task("drawing", _drawing, 1 / len(NAMES), draws=True),
+    Task("text", _text, len(PITCHES)),
+    Task("image", _image, len(_READ)),
+    Task("video", _video, len(FEW_COLOURS) ** 2),
+    Task("audio", _sound, len(PITCHES)),
+    Task("drawing", _drawing, len(NAMES), draws=True),
 )
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from itertools import repeat
 
 import torch
 from convergence_data import NAMES, draw, tasks_of
 from convergence_models import processor
-from scipy.stats import binomtest
+from convergence_precision import in_dtype
+from convergence_runs import Drawn, Score
 from torch import Tensor
 
 from omnicompile.omni import Item, OmniModel, Text
@@ -15,69 +16,56 @@ from omnicompile.omni import Item, OmniModel, Text
 _SEED = 77_000_000  # of prompts, apart from those of training
 
 
-@dataclass(frozen=True)
-class Score:
-    """right of asked prompts; chance: of a guess. p: of as many or more by guessing."""
-
-    task: str
-    right: int
-    asked: int
-    chance: float
-
-    @property
-    def times_chance(self) -> float:
-        return self.right / self.asked / self.chance
-
-    @property
-    def p(self) -> float:
-        return float(binomtest(self.right, self.asked, self.chance, alternative="greater").pvalue)
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A picture [3, side, side] that was drawn for `name`, and whether it is nearest to the right one."""
-
-    name: str
-    picture: Tensor
-    right: bool
-
-
 def evaluate(model: OmniModel, prompts: int) -> tuple[list[Score], list[Drawn]]:
     """The score of every task, and what was drawn."""
     scores, pictures = [], []
     for task in tasks_of(model):
-        generator = torch.Generator().manual_seed(_SEED)
-        made = [task.make(model, generator) for _ in range(prompts)]
+        made = task.prompts(model, prompts, _SEED)
+        prompt, answers = _prompt(model, [sample for sample, _ in made]), [answer for _, answer in made]
+        words: tuple[int, ...] = ()
         if task.draws:
-            drawn = [_drawn(model, sample, answer) for sample, answer in made]
-            pictures += drawn
-            right = sum(one.right for one in drawn)
+            pictures += _drawn(model, prompt, answers)
+            right = sum(one.right for one in pictures)
         else:
-            right = sum(_answer(model, sample, len(answer.split())) == answer for sample, answer in made)
-        scores.append(Score(task.name, right, prompts, task.chance))
+            got = _answers(model, prompt, answers)
+            right = sum(one == want for one, want in zip(got, answers))
+            places = range(len(answers[0].split()))
+            words = tuple(sum(map(_same_word, got, answers, repeat(place))) for place in places)
+        scores.append(Score(task.name, right, prompts, task.chance, words))
     return scores, pictures
 
 
-def _prompt(model: OmniModel, sample: list[Text | Item]) -> dict[str, Tensor]:
-    """The sample up to what is to be predicted."""
-    given = [part for part in sample if not (part.produced if isinstance(part, Item) else part.trained)]
-    batch = processor(model)([given])
-    del batch["labels"]
-    return batch
+def _same_word(got: str, want: str, place: int) -> bool:
+    return got.split()[place : place + 1] == want.split()[place : place + 1]
 
 
-def _answer(model: OmniModel, sample: list[Text | Item], words: int) -> str:
-    batch = _prompt(model, sample)
-    length = batch["input_ids"].shape[1]
-    ids = model.generate(**batch, max_new_tokens=words).ids[0, length:]
-    return str(processor(model).tokenizer.decode(ids, skip_special_tokens=False))
+def _prompt(model: OmniModel, samples: list[list[Text | Item]]) -> dict[str, Tensor]:
+    """The samples up to what is to be predicted, a row for each; all have the same length."""
+    made = processor(model)
+    batches = []
+    for sample in samples:
+        given = [part for part in sample if not (part.produced if isinstance(part, Item) else part.trained)]
+        batches.append(made([given]))
+    return in_dtype(
+        {name: torch.cat([b[name] for b in batches]) for name in batches[0] if name != "labels"}, model.dtype
+    )
 
 
-def _drawn(model: OmniModel, sample: list[Text | Item], name: str) -> Drawn:
-    decoder, ids = model.decoder("image"), _prompt(model, sample)["input_ids"]
-    start = torch.tensor([[decoder.config.start_token_id]])
+def _answers(model: OmniModel, prompt: dict[str, Tensor], wanted: list[str]) -> list[str]:
+    """What the model goes on with, as many words as are wanted of it."""
+    length, words = prompt["input_ids"].shape[1], len(wanted[0].split())
+    ids = model.generate(**prompt, max_new_tokens=words).ids[:, length:]
+    tokenizer = processor(model).tokenizer
+    return [str(tokenizer.decode(row, skip_special_tokens=False)) for row in ids]
+
+
+def _drawn(model: OmniModel, prompt: dict[str, Tensor], names: list[str]) -> list[Drawn]:
+    decoder, ids = model.decoder("image"), prompt["input_ids"]
+    start = torch.full((ids.shape[0], 1), decoder.config.start_token_id)
     got = model.generate(torch.cat([ids, start], 1), max_new_tokens=decoder.item_tokens)
-    picture = got.items["image"][0][0]
-    known = torch.stack([draw(colour, shape, picture.shape[-1]) for colour, shape in NAMES])
-    nearest = int((known - picture).flatten(1).norm(dim=1).argmin())
-    return Drawn(name, picture, " ".join(NAMES[nearest]) == name)
+    known = torch.stack([draw(colour, shape, decoder.item_shape[-1]) for colour, shape in NAMES]).to(model.dtype)
+    found = []
+    for name, (picture,) in zip(names, got.items["image"]):
+        nearest = int((known - picture).flatten(1).norm(dim=1).argmin())
+        found.append(Drawn(name, picture, " ".join(NAMES[nearest]) == name))
+    return found
