@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from functools import cache
 
 import torch
 from torch import Tensor, fx
@@ -45,11 +46,7 @@ def is_view(node: fx.Node) -> bool:
     """True if the result shares its first argument's storage and the operator does no work."""
     if node.target is aten._unsafe_view.default or node.target is aten.lift_fresh_copy.default:
         return True
-    schema = node.target._schema if isinstance(node.target, OpOverload) else None
-    if schema is None or not schema.returns:
-        return False
-    alias = schema.returns[0].alias_info
-    return alias is not None and not alias.is_write
+    return isinstance(node.target, OpOverload) and _aliases(node.target) == "read"
 
 
 def is_free(node: fx.Node) -> bool:
@@ -75,11 +72,16 @@ def is_cheap(node: fx.Node) -> bool:
 
 def is_in_place(node: fx.Node) -> bool:
     """True if the call writes into its first argument."""
-    schema = node.target._schema if isinstance(node.target, OpOverload) else None
-    if schema is None or not schema.returns:
-        return False
-    alias = schema.returns[0].alias_info
-    return alias is not None and alias.is_write
+    return isinstance(node.target, OpOverload) and _aliases(node.target) == "write"
+
+
+@cache
+def _aliases(target: OpOverload) -> str:
+    """How an operator's result shares memory with what it takes: "read", "write", or "" if it does not. Kept, since
+    schemas are slow to read and passes ask for every node many times."""
+    returns = target._schema.returns
+    alias = returns[0].alias_info if returns else None
+    return "" if alias is None else "write" if alias.is_write else "read"
 
 
 def storage_of(node: fx.Node) -> fx.Node:
