@@ -23,6 +23,7 @@ from omnicompile.cluster import Cluster
 from omnicompile.lowering.driver import default_lower
 from omnicompile.lowering.graph_capture import DEFAULT_SEGMENTS
 from omnicompile.plan import BlockPlan, LossHead, Mesh, Plan
+from omnicompile.recompute import Recompute
 from omnicompile.runtime.backends import BACKENDS
 from omnicompile.runtime.budget import Budget
 from omnicompile.runtime.engine import Engine, batch_signature
@@ -161,12 +162,12 @@ def fully_sharded(model: nn.Module, device: torch.device, compiled: bool, dtype:
     return fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
 
 
-def make_plan(kind: str, size: Size, world: int, dtype: torch.dtype) -> Plan:
-    """The same layout: parameters over all ranks, every rank its own rows, nothing recomputed, whole logits."""
+def make_plan(kind: str, size: Size, world: int, dtype: torch.dtype, policy: Recompute = Recompute.NONE) -> Plan:
+    """The same layout: parameters over all ranks, every rank its own rows, whole logits."""
     blocks = ("text", "vision") if kind == "vlm" else ("text",)
     return Plan(
         model=kind, cluster=Cluster(gpus=world), workload=Workload(seq_len=size.tokens), mesh=Mesh(dp_shard=world),
-        blocks=dict.fromkeys(blocks, BlockPlan()), loss_head=LossHead.FULL, param_dtype=str(dtype).split(".")[-1],
+        blocks=dict.fromkeys(blocks, BlockPlan(recompute=policy)), loss_head=LossHead.FULL, param_dtype=str(dtype).split(".")[-1],
         reduce_dtype="float32",
     )  # fmt: skip
 
@@ -191,8 +192,9 @@ class Contestant:
         self.device, self.seen = device, Measured()
         self.ours = name.startswith(OURS)
         if self.ours:
-            plan = make_plan(kind, size, world, dtype)
-            self.model = parallelized(model, plan, device, batch, name.removeprefix(OURS))
+            backend, _, policy = name.removeprefix(OURS).partition(", ")
+            plan = make_plan(kind, size, world, dtype, Recompute(policy or "none"))
+            self.model = parallelized(model, plan, device, batch, backend)
         else:
             self.model = fully_sharded(model, device, name.endswith("compiled"), dtype)
         self.batch = {k: v.to(device) for k, v in batch.items()}

@@ -42,7 +42,7 @@ from plan_time import environment_facts
 HERE = Path(__file__).resolve().parent
 MODELS = ("dense", "vlm", "moe")
 BASES = ("fully_shard", "fully_shard compiled")
-OURS = ("step", "inductor", "torch.compile", "eager")
+OURS = ("step", "inductor", "inductor, selective", "torch.compile", "eager")
 CONTESTANTS = (*BASES, *(f"omnicompile {backend}" for backend in OURS))
 MIB = 2**20
 

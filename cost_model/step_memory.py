@@ -67,8 +67,10 @@ def _head_peaks(
         return chunk, chunk
     if not options.stack.fused_loss:
         return rows * vocabulary * UNFUSED_LOGIT_BYTES, rows * vocabulary * UNFUSED_LOGIT_BYTES
-    # Forward and backward of the loss are one kernel: 16-bit logits and their gradient. In float32 these are as many
-    # bytes as were measured: there Inductor writes the gradient over the logits.
+    if options.stack == OURS:  # the gradient is written over the logits (passes/in_place.py)
+        logits = rows * vocabulary * max(options.param_bytes, ACTIVATION_BYTES)
+        return logits, logits
+    # Forward and backward of the loss are one kernel: 16-bit logits and their gradient.
     logits = rows * vocabulary * ACTIVATION_BYTES
     # The weight's gradient, which is counted besides, exists only when the logits are gone.
     later = local_params(segment, groups, trained=True)[0] * options.param_bytes if gradient.weight else 0.0

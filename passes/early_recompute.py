@@ -26,12 +26,13 @@ def recompute_ahead(nodes: Sequence[fx.Node], clock: Clock) -> list[fx.Node]:
     o = attention_backward(wait(DA), wait(Q))`.
 
     A layer's copies that lead to an exchange move, with the exchange, in front of as many products of the backward as
-    take that long. Safe: they read what the forward kept, parameters, and each other; none goes before what it reads.
+    take that long; not those of the first layer to have its backward, which follows the loss's, where memory is short.
+    Safe: they read what the forward kept, parameters, and each other; none goes before what it reads.
     """
     order = list(nodes)
     place = {node: i for i, node in enumerate(order)}
     moved: dict[fx.Node, int] = {}
-    for group in _groups(order):
+    for group in _groups(order)[1:]:
         cone = _cone(group)
         if (target := _target(order, place, cone, group, clock)) is None:
             continue

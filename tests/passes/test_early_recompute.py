@@ -33,8 +33,10 @@ def launch(x: Tensor) -> Tensor:
 
 
 def layer(x: Tensor, a: Tensor, b: Tensor, dy: Tensor) -> Tensor:
-    """mm 0 is the forward; 1, 2 and 3 the backward up to attention, 4 is run again, 5 is attention's backward."""
+    """mm 0 is the forward, 1 is run again for another layer, whose exchange is launch 0. 2, 3 and 4 are the backward up
+    to attention, 5 is run again, 6 is attention's backward."""
     y = x @ a
+    dy = dy + _c10d.wait_tensor(launch(x @ b))
     d1 = dy @ b
     d2 = d1 @ y
     d3 = d2 @ b
@@ -48,7 +50,8 @@ def traced() -> fx.GraphModule:
         gm = make_fx(layer)(*(torch.empty(8, 8) for _ in range(4)))
     products = gm.graph.find_nodes(op="call_function", target=MM)
     products[0].meta["phase"] = FORWARD
-    for node in (products[4], gm.graph.find_nodes(op="call_function", target=EXCHANGE)[1]):
+    first, _, again = gm.graph.find_nodes(op="call_function", target=EXCHANGE)
+    for node in (products[1], first, products[5], again):
         node.meta["phase"] = RECOMPUTE
     return gm
 
@@ -62,10 +65,10 @@ def order(nodes: list[fx.Node]) -> str:
 @pytest.mark.parametrize(
     "seconds, expected",
     [
-        (0.0, "mm 0, mm 1, mm 2, mm 3, launch 0, mm 4, launch 1, mm 5"),
-        (0.5, "mm 0, mm 1, mm 2, mm 4, launch 1, mm 3, launch 0, mm 5"),
-        (2.0, "mm 0, mm 1, mm 4, launch 1, mm 2, mm 3, launch 0, mm 5"),
-        (9.0, "mm 0, mm 4, launch 1, mm 1, mm 2, mm 3, launch 0, mm 5"),  # not into the forward
+        (0.0, "mm 0, mm 1, launch 0, mm 2, mm 3, mm 4, launch 1, mm 5, launch 2, mm 6"),
+        (0.5, "mm 0, mm 1, launch 0, mm 2, mm 3, mm 5, launch 2, mm 4, launch 1, mm 6"),
+        (2.0, "mm 0, mm 1, launch 0, mm 2, mm 5, launch 2, mm 3, mm 4, launch 1, mm 6"),
+        (9.0, "mm 0, mm 5, launch 2, mm 1, launch 0, mm 2, mm 3, mm 4, launch 1, mm 6"),  # not into the forward
     ],
 )
 def test_as_many_products_follow_as_take_as_long(seconds: float, expected: str) -> None:
@@ -80,7 +83,7 @@ def test_it_follows_what_it_reads() -> None:
     """Run again from a value of the backward: nothing moves in front of that."""
     gm = traced()
     products = gm.graph.find_nodes(op="call_function", target=MM)
-    products[4].replace_input_with(products[4].args[0], products[2])
+    products[5].replace_input_with(products[5].args[0], products[3])
     assert order(recompute_ahead(list(gm.graph.nodes), Watch(9.0))) == (
-        "mm 0, mm 1, mm 2, mm 4, launch 1, mm 3, launch 0, mm 5"
+        "mm 0, mm 1, launch 0, mm 2, mm 3, mm 5, launch 2, mm 4, launch 1, mm 6"
     )
