@@ -89,9 +89,7 @@ def run_one(rank: int, world: int, name: str, setup: Setup, prompts: int, weight
             curve = train(module, model, range(GROUPS), setup, True)
         else:
             plan = make_plan(model, name, world)
-            module = omnicompile.parallelize(
-                model, plan, "cpu", example_batch=full_batch(model), master_dtype=model.dtype
-            )
+            module = omnicompile.parallelize(model, plan, "cpu", example_batch=full_batch(model))
             group = rank // plan.mesh.sp
             curve = train(module, model, range(group, group + 1), setup, rank == 0)
             omni.gather_into(model, module)

@@ -17,7 +17,7 @@ import omnicompile
 from omnicompile.cluster import Cluster
 from omnicompile.errors import InputError, OmniCompileError, PlanError
 from omnicompile.kernels.choice import KernelChoice, parse_kernels
-from omnicompile.lowering.driver import Lower, default_lower
+from omnicompile.lowering.driver import Lower, default_lower, dtype_named
 from omnicompile.lowering.graph_capture import DEFAULT_SEGMENTS
 from omnicompile.passes.rank_program import RankProgram
 from omnicompile.plan import LossHead, Plan
@@ -49,7 +49,7 @@ def parallelize(
     device_type: str | None = None,
     example_batch: Mapping[str, Any] | None = None,
     backend: str | None = None,
-    master_dtype: torch.dtype = torch.float32,
+    master_dtype: torch.dtype | None = None,
     segments: int = DEFAULT_SEGMENTS,
     seed: int = 0,
     lower: Lower = default_lower,
@@ -67,7 +67,7 @@ def parallelize(
     None for what there is. example_batch: a batch of the budget that training batches have; its values do not matter.
     backend: "inductor" (None on GPUs) compiles forward and backward as one graph, "step" (None on CPUs) runs that graph
     as it is, "torch.compile" hands the rewritten forward to torch.compile, "eager" runs it under autograd.
-    master_dtype: of stored parameters.
+    master_dtype: of stored parameters (None: float32, or the plan's compute dtype where that is wider).
     segments: most images or windows in a batch. timeout: seconds that a rank waits for the others in a collective.
     kernels: implementations of operators by name, "rms_norm=liger,..." or {"rms_norm": "liger"} (docs/kernels.md); for
     all others, what is fastest on the present GPU is taken.
@@ -86,7 +86,9 @@ def parallelize(
     forced = parse_kernels(kernels)
     if plan is None and forced:
         raise InputError("give parallelize the plan that the kernels are for; without one the plain model runs")
-    if plan is None or (plan.mesh.world == _processes() == 1 and _is_plain(plan, master_dtype) and not forced):
+    if plan is None or (
+        plan.mesh.world == _processes() == 1 and _is_plain(plan, master_dtype or torch.float32) and not forced
+    ):
         values = _values(model, weights, seed)
         return PlainModule((materialized(model, values) if on_meta(model) else model).to(device))
     if example_batch is None:
@@ -96,7 +98,8 @@ def parallelize(
         values = _values(model, weights, seed)
         choice = KernelChoice.of(forced, device, found_by_first(mesh.control))
         lower = partial(_lower_with, lower, choice)
-        return _distributed(model, plan, mesh, example_batch, backend, master_dtype, segments, values, lower)
+        stored = master_dtype or torch.promote_types(dtype_named(plan.param_dtype), torch.float32)
+        return _distributed(model, plan, mesh, example_batch, backend, stored, segments, values, lower)
 
 
 def _lower_with(lower: Lower, choice: KernelChoice, program: RankProgram) -> RankProgram:

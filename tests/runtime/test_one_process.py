@@ -73,6 +73,22 @@ def test_one_process_does_what_the_plan_says(choice: str) -> None:
     assert ("chunked" in " ".join(operators)) == (choice == "loss head")
 
 
+def _stored(rank: int, world: int) -> tuple[set[torch.dtype], float]:
+    model = dense_model().double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 1e-10  # what float32 does not hold
+    plan = replace(make_plan(("text",), Mesh()), param_dtype="float64", reduce_dtype="float64")
+    module = parallelize(model, plan, "cpu", text_batch(0))
+    kept = module.stored()
+    return {p.dtype for p in kept.values()}, max(float((kept[n] - p).abs().max()) for n, p in model.named_parameters())
+
+
+@pytest.mark.slow
+def test_a_plan_in_float64_does_not_round_the_weights() -> None:
+    assert run_ranks(_stored, 1) == [({torch.float64}, 0.0)]
+
+
 ALONE = """
 import sys
 sys.path[:0] = [{tests!r}]
