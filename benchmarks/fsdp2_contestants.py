@@ -164,10 +164,10 @@ def fully_sharded(model: nn.Module, device: torch.device, compiled: bool, dtype:
 
 def make_plan(kind: str, size: Size, world: int, dtype: torch.dtype, policy: Recompute = Recompute.NONE) -> Plan:
     """The same layout: parameters over all ranks, every rank its own rows, whole logits."""
-    blocks = ("text", "vision") if kind == "vlm" else ("text",)
+    blocks = dict.fromkeys(("text", "vision") if kind == "vlm" else ("text",), BlockPlan(recompute=policy))
     return Plan(
         model=kind, cluster=Cluster(gpus=world), workload=Workload(seq_len=size.tokens), mesh=Mesh(dp_shard=world),
-        blocks=dict.fromkeys(blocks, BlockPlan(recompute=policy)), loss_head=LossHead.FULL, param_dtype=str(dtype).split(".")[-1],
+        blocks=blocks, loss_head=LossHead.FULL, param_dtype=str(dtype).split(".")[-1],
         reduce_dtype="float32",
     )  # fmt: skip
 

@@ -71,7 +71,7 @@ def _cone(group: Sequence[fx.Node]) -> set[fx.Node]:
 def _target(
     order: Sequence[fx.Node], place: Mapping[fx.Node, int], cone: set[fx.Node], group: Sequence[fx.Node], clock: Clock
 ) -> int | None:
-    """Position of the product in front of which the cone goes; None where it stays, as there is none that it may pass."""
+    """Position of the product in front of which the cone goes; None where it stays, if there is none to pass."""
     wanted = sum(clock.exchange_seconds(node)[1] for node in group)
     read = (source for node in cone for source in node.all_input_nodes if source not in cone)
     earliest = max((place[source] for source in read), default=-1)

@@ -29,11 +29,11 @@ ABOVE = {
     "data": {"cli", "planner", "lowering", "train"},
     "checkpoint": {"cli", "planner", "data", "train"},
     "omni": {"cli", "planner", "train"},
-    "export": {"cli", "train"},
+    "export": {"cli"},
     "recipes": {"cli", "train"},
     "lowering": {"cli"},
     "runtime": {"cli"},
-    "train": {"cli"},
+    "train": {"cli", "export"},
     "report": {"cli"},
 }
 

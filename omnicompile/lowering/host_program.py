@@ -64,8 +64,8 @@ class Recording:
 
 @dataclass
 class _ModuleRun:
-    """A call of a submodule. given: its arguments without contents of tensors. quiet: neither host work nor a first crossing happened in it, and all that it gives is
-    without values. inner: calls that it made of submodules of its own."""
+    """A call of a submodule. given: its arguments without contents of tensors. quiet: neither host work nor a first
+    crossing happened in it, and all that it gives is without values. inner: calls that it made of its own submodules."""
 
     path: str
     given: tuple[Any, ...] = ()
@@ -178,7 +178,7 @@ def _stub(runs: Iterator[_ModuleRun]) -> Any:
 
 
 def _given(args: Any, kwargs: Any) -> tuple[Any, ...]:
-    """Arguments, shapes in place of traced tensors; of host tensors nothing, since they are checked where they cross."""
+    """Arguments, shapes in place of traced tensors; of host tensors nothing, as they are checked where they cross."""
     return (*map(_layout, args), *((name, _layout(value)) for name, value in kwargs.items()))
 
 
