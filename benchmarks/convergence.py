@@ -28,6 +28,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from convergence_data import TASKS
 from convergence_evaluation import evaluate
 from convergence_models import GROUPS, MODELS, build_model, full_batch, initial_weights, make_plan, micro_batch
 from convergence_precision import NothingInFloat32
@@ -131,10 +132,12 @@ def main() -> None:
     parser.add_argument("--processes", nargs="+", type=int, default=[1, 4], choices=(1, 2, 4))
     parser.add_argument("--steps", type=int, default=Setup.steps)
     parser.add_argument("--dtype", choices=("float64", "float32"), default=Setup.dtype)
-    parser.add_argument("--prompts", type=int, default=64, help="of each task, to evaluate with; a multiple of 16")
+    parser.add_argument("--prompts", type=int, default=64, help="of each task, to evaluate with")
     parser.add_argument("--report-only", action="store_true", help="of the runs that are there, without further ones")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
+    if odd := [task.answers for task in TASKS if options.prompts % task.answers]:
+        parser.error(f"--prompts must be a multiple of {max(odd)}, so that every answer is asked for equally often")
     options.out.mkdir(parents=True, exist_ok=True)
     file, setup = options.out / "convergence.json", Setup(options.steps, options.dtype)
     runs = load_runs(file)

@@ -165,7 +165,7 @@ def test_nothing_is_computed_in_float32(bench: Any, name: str) -> None:
 def test_a_few_steps_on_four_processes_are_those_of_one(bench: Any, name: str) -> None:
     runs, study = bench("runs"), import_module("convergence")
     setup = runs.Setup(steps=4, warmup=2)
-    one, four = study.run(name, 1, setup, 16), study.run(name, 4, setup, 16)
+    one, four = study.run(name, 1, setup, 32), study.run(name, 4, setup, 32)
     assert max(runs.differences(one, four)) < 1e-11
-    assert one.scores == four.scores and len(four.pictures) == 16
+    assert one.scores == four.scores and len(four.pictures) == 32
     assert one.curve[-1]["text"] < one.curve[0]["text"]
