@@ -65,7 +65,7 @@ class Recording:
 @dataclass
 class _ModuleRun:
     """A call of a submodule. given: its arguments without contents of tensors. quiet: neither host work nor a first
-    crossing happened in it, and all that it gives is without values. inner: calls that it made of its own submodules."""
+    crossing happened in it, and all that it gives is without values. inner: calls that it made of others."""
 
     path: str
     given: tuple[Any, ...] = ()

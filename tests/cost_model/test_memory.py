@@ -110,7 +110,7 @@ def test_chunked_loss_head_saves_logits() -> None:
     model = StepModel(program, CLUSTER)
     (head,) = (segment.name for segment in program.segments if segment.logits is not None)
     whole, parts = (model.plan_blocks(p)["text"].units[head].work.forward_peak for p in (plan, chunked))
-    assert parts < 0.1 * whole
+    assert parts < 0.2 * whole
 
 
 def test_frozen_block_keeps_weights_only() -> None:
