@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
 from tiny_models import image_batch, mixture_model, text_batch, vision_language_model
@@ -98,7 +100,7 @@ def test_a_batch_that_would_change_the_graph_is_refused_by_name() -> None:
 class Counted(nn.Linear):
     """entered: shapes that its code has run on."""
 
-    entered: list[tuple[int, ...]] = []
+    entered: ClassVar[list[tuple[int, ...]]] = []
 
     def forward(self, x: Tensor) -> Tensor:
         self.entered.append(tuple(x.shape))
