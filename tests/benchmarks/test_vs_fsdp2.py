@@ -43,7 +43,7 @@ def test_ratios_are_taken_repeat_by_repeat(bench: ModuleType) -> None:
 def test_every_contestant_is_compared_with_every_base(bench: ModuleType) -> None:
     found = {name: seen(1.0 + number, 100) for number, name in enumerate(bench.CONTESTANTS)}
     rows = {(row.base, row.name): row for row in bench.compare("dense", found)}
-    assert len(rows) == 5 + 4
+    assert len(rows) == 6 + 5
     assert rows["fully_shard", "omnicompile step"].step.median == pytest.approx(3.0)
     assert rows["fully_shard compiled", "omnicompile step"].step.median == pytest.approx(1.5)
 
