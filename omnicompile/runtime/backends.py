@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from omnicompile.lowering.regions import compile_regions
 from omnicompile.lowering.step_graph import StepKind, trace_step
 from omnicompile.passes.dropout import expand_dropout
+from omnicompile.passes.pack_scatters import pack_scatters_pass
 from omnicompile.passes.rank_program import RankProgram
 from omnicompile.torch_compat import CompilerBackend, compiler_backend
 
@@ -60,6 +61,8 @@ def step_with(
 ) -> StepFunction:
     """The step graph of `program` on `device`."""
     step = trace_step(program, kind)
+    if device.type == "cpu":
+        pack_scatters_pass(step.gm)
     return StepFunction(compile(move_to(step.gm, device), made), step.gradients, step.summed)
 
 
