@@ -191,6 +191,9 @@ def _worker(args: argparse.Namespace) -> int:
         failure.save(folder)
         if args.debug:
             traceback.print_exc()
+        if failure.follows:  # collectives with a rank that is gone are on their way, of which torch would warn line by line
+            sys.stdout.flush()
+            os._exit(failure.code)
         return failure.code
     if code:  # ended by a signal
         RankFailure(rank, code, "", False, time.time()).save(folder)

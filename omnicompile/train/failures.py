@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -55,10 +56,10 @@ def cause_of(told: list[RankFailure], codes: Mapping[int, tuple[int, int]]) -> C
 
     The first error that is no echo of another's comes first, then the rank that a signal has killed.
     """
-    killed = [(rank, -code, pid) for rank, (code, pid) in codes.items() if code < 0][:1]
+    killed = [(rank, -code, pid) for rank, (code, pid) in codes.items() if code < 0]
     first = sorted((t for t in told if not t.follows), key=lambda t: (not t.told, t.moment, t.rank))
-    if first and not first[0].told and not killed:
-        return Cause(first[0].code, "")
+    if first and not first[0].told and all(number == signal.SIGTERM for _, number, _ in killed):
+        return Cause(first[0].code, "")  # the launcher ends with SIGTERM those that are slower to leave
     if first and first[0].told:
         same = sum(t.told == first[0].told for t in first)
         every = "" if same == len(first) and same > 1 else f"rank {first[0].rank}: "
@@ -73,8 +74,6 @@ def cause_of(told: list[RankFailure], codes: Mapping[int, tuple[int, int]]) -> C
 
 
 def _signal(number: int) -> str:
-    import signal
-
     try:
         return signal.Signals(number).name
     except ValueError:

@@ -47,6 +47,9 @@ def test_a_rank_without_a_word_and_a_job_that_a_signal_ended() -> None:
     assert "rank 2 with code 7" in cause_of([], {2: (7, 3)}).text
     stopped = [RankFailure(rank, 143, "", False, 1.0) for rank in range(2)]
     assert (cause_of(stopped, {0: (143, 3)}).code, cause_of(stopped, {0: (143, 3)}).text) == (143, "")
+    # the launcher ends the slower rank on its way out; a rank that is killed is another matter
+    assert cause_of(stopped[:1], {0: (143, 3), 1: (-15, 4)}).code == 143
+    assert "killed by SIGKILL" in cause_of(stopped[:1], {0: (143, 3), 1: (-9, 4)}).text
     late = [*stopped, failure(1, InputError("the disk is full"), 2.0)]
     assert cause_of(late, {0: (143, 3)}).text == "rank 1: the disk is full"
 
