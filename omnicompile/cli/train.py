@@ -191,7 +191,7 @@ def _worker(args: argparse.Namespace) -> int:
         failure.save(folder)
         if args.debug:
             traceback.print_exc()
-        if failure.follows:  # collectives with a rank that is gone are on their way, of which torch would warn line by line
+        if failure.follows:  # torch would warn of every collective with the rank that is gone
             sys.stdout.flush()
             os._exit(failure.code)
         return failure.code
