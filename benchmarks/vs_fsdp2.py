@@ -4,7 +4,8 @@ The same model, data, layout (parameters over all ranks, each rank its own seque
 and optimizer (AdamW) on both sides:
 
 - fully_shard: every layer a unit, gathered again for the backward; "compiled": every layer under torch.compile;
-- omnicompile BACKEND: `omnicompile.parallelize` with each backend of docs/runtime.md.
+- omnicompile BACKEND: `omnicompile.parallelize` with each backend of docs/runtime.md; "selective": with the policy that
+  runs cheap operators again in the backward, as torch.compile does for "compiled" without being asked.
 
 On CPUs two gloo processes of one thread each; on GPUs a process each (NCCL; one GPU is a group of one process). All
 contestants live in the same processes and take steps in turns, A B C A B C ..., the order rotated each time. Of each
