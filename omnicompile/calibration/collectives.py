@@ -111,11 +111,20 @@ def launcher(shape: CollectiveTime, group: dist.ProcessGroup, device: torch.devi
     each = [numel // size] * size
     starts: dict[str, Callable[[], list[Tensor]]] = {
         "all_gather": lambda: _c10d.all_gather_into_tensor_coalesced(parts, size, name),
-        "reduce_scatter": lambda: _c10d.reduce_scatter_tensor_coalesced(whole, "sum", size, name),
+        "reduce_scatter": lambda: _scatter(whole, size, name),
         "all_reduce": lambda: [_c10d.all_reduce(whole[0], "sum", name)],
         "all_to_all": lambda: [_c10d.all_to_all_single(whole[0], each, each, name)],
     }
     return starts[shape.kind]
+
+
+def _scatter(whole: list[Tensor], ranks: int, group: str) -> list[Tensor]:
+    """As step graphs do it: on CPUs in one buffer (passes/pack_scatters.py)."""
+    if len(whole) == 1 or whole[0].device.type != "cpu":
+        together: list[Tensor] = _c10d.reduce_scatter_tensor_coalesced(whole, "sum", ranks, group)
+        return together
+    flat = torch.cat([tensor.view(ranks, -1) for tensor in whole], 1).view(-1)
+    return [_c10d.reduce_scatter_tensor(flat, "sum", ranks, group)]
 
 
 def _wait(started: list[Tensor]) -> list[Tensor]:
