@@ -55,7 +55,7 @@ def test_operands_rotate_over_the_bytes_asked_for() -> None:
 def test_a_timer_takes_as_many_calls_as_a_sample_needs() -> None:
     calls: list[int] = []
     seconds = Timer(CPU, 3, 1e-3, lambda: None).seconds(calls.append)
-    assert 0 < seconds < 1e-3 and len(calls) > 20 and calls == sorted(calls)
+    assert 0 < seconds < 1e-3 and len(calls) > 100 and calls == sorted(calls)
 
 
 def test_one_process_measures_everything_but_collectives(monkeypatch: pytest.MonkeyPatch) -> None:
