@@ -5,7 +5,8 @@
 
 Collectives, anchors and what gives numbers stay in the outer graph, where they can be ordered across layers. Regions
 of equal structure share one compiled function, and the layers of a kind have equal regions: the number of compilations
-does not grow with depth.
+does not grow with depth. What is compiled for some rows does not serve none or one (torch.compile takes sizes 0 and 1
+for constants): so small inputs run as they are, or a layer whose expert gets a single row would be compiled anew.
 """
 
 from __future__ import annotations
@@ -142,20 +143,47 @@ def compile_regions(
         key = structure(region)
         if key not in names:
             names[key] = f"region_{len(names)}"
-            gm.add_submodule(names[key], _Compiled(compile(as_module(region), region.dynamic)))
+            gm.add_submodule(names[key], _compiled(region, compile))
         _call(gm, region, names[key])
     gm.graph.lint()
     gm.recompile()
     return gm, len(names)
 
 
-class _Compiled(nn.Module):
-    def __init__(self, function: Function) -> None:
-        super().__init__()
-        self._function = function
+def _compiled(region: Region, compile: Compile) -> nn.Module:
+    module = as_module(region)
+    sizes = sizes_of_data(region)
+    return _Compiled(compile(module, region.dynamic), module if sizes else None, sizes)
 
-    def forward(self, *inputs: Tensor) -> Any:
+
+def sizes_of_data(region: Region) -> tuple[tuple[int, int | None], ...]:
+    """Sizes that depend on data: (index of the input, dimension), or (index, None) where the input is the number."""
+    found: list[tuple[int, int | None]] = []
+    for index, node in enumerate(region.inputs):
+        value = node.meta.get("val")
+        if isinstance(value, torch.SymInt):
+            found.append((index, None))
+        elif isinstance(value, Tensor):
+            found += [(index, dim) for dim, size in enumerate(value.shape) if isinstance(size, torch.SymInt)]
+    return tuple(found)
+
+
+class _Compiled(nn.Module):
+    """A region's function. plain: runs instead where one of `sizes` is 0 or 1."""
+
+    def __init__(self, function: Function, plain: Function | None, sizes: tuple[tuple[int, int | None], ...]) -> None:
+        super().__init__()
+        self._function, self._plain, self._sizes = function, plain, sizes
+
+    def forward(self, *inputs: Any) -> Any:
+        if self._plain is not None and any(_size(inputs, at) < 2 for at in self._sizes):
+            return self._plain(*inputs)
         return self._function(*inputs)
+
+
+def _size(inputs: tuple[Any, ...], at: tuple[int, int | None]) -> int:
+    index, dim = at
+    return int(inputs[index] if dim is None else inputs[index].shape[dim])
 
 
 def _call(gm: fx.GraphModule, region: Region, name: str) -> None:

@@ -59,9 +59,7 @@ class RuntimeMesh:
             return DeviceMesh.from_group(groups[0], kind, mesh_dim_names=(_dim_name(axes[0]),))
         outer, inner = ranks
         grid = [[self._at(axes, a, b) for b in range(len(inner))] for a in range(len(outer))]
-        return DeviceMesh.from_group(
-            groups, kind, mesh=torch.tensor(grid), mesh_dim_names=tuple(map(_dim_name, axes))
-        )
+        return DeviceMesh.from_group(groups, kind, mesh=torch.tensor(grid), mesh_dim_names=tuple(map(_dim_name, axes)))
 
     def _at(self, axes: tuple[str, ...], outer: int, inner: int) -> int:
         """The rank at place `outer` of axes[0] whose place in axes[1] is `inner`, all else as here."""

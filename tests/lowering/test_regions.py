@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_models import make_plan, mixture_model, text_batch
 from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from omnicompile.lowering.driver import default_lower, rank_program, with_outputs
 from omnicompile.lowering.graph_capture import capture_forward
@@ -50,6 +51,25 @@ def test_the_graph_of_regions_computes_the_same(compile: Any) -> None:
     assert count > 0
     for ours, theirs in zip(got, want):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_none_and_one_row_compile_nothing_anew() -> None:
+    """Sizes that depend on data serve any number of rows with one compilation."""
+    made = []
+
+    def count(gm: fx.GraphModule, inputs: Any) -> Any:
+        made.append(gm)
+        return gm
+
+    def work(x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(x * 2)
+
+    gm = make_fx(work, tracing_mode="symbolic")(torch.randn(6, 4))
+    gm, _ = compile_regions(gm, lambda module, dynamic: torch.compile(module, backend=count, dynamic=dynamic))
+    for rows in (1, 5, 0, 9, 2):
+        x = torch.randn(rows, 4)
+        assert torch.equal(gm(x), work(x))
+    assert len(made) == 1
 
 
 @pytest.mark.slow
