@@ -110,10 +110,12 @@ def storages_bytes(nodes: Iterable[fx.Node], rows: Rows) -> int:
 @dataclass(frozen=True)
 class Compiled:
     """How a graph's compute runs when it is compiled. kernels: nodes that run together, which read what any of them
-    reads until all of their results are there. in_registers: results that are never in memory. over: result -> tensor
+    reads until all of their results are there. regions: nodes that are called together: what comes into one is held
+    until it returns, whatever it reads last. in_registers: results that are never in memory. over: result -> tensor
     whose memory it takes."""
 
     kernels: Sequence[Sequence[fx.Node]] = ()
+    regions: Sequence[Sequence[fx.Node]] = ()
     in_registers: Collection[fx.Node] = ()
     over: Mapping[fx.Node, fx.Node] = field(default_factory=dict)
 
@@ -169,6 +171,9 @@ class _Walk:
             hold((node, *node.all_input_nodes), end_of.get(node, index))
             if self.in_flight and node.target is _WAIT:
                 hold(launch_of(node).all_input_nodes, index)
+        for region in self.compiled.regions:
+            inside, end = set(region), max(self.position[node] for node in region)
+            hold((source for node in region for source in node.all_input_nodes if source not in inside), end)
         frees: dict[int, list[fx.Node]] = {}
         for owner, index in last.items():
             if owner not in self.inputs:

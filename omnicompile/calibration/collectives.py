@@ -131,9 +131,10 @@ def _wait(started: list[Tensor]) -> list[Tensor]:
     return [_c10d.wait_tensor(tensor) for tensor in started]
 
 
-def copies(kind: str, ranks: Ranks, device: torch.device, nbytes: int = 2**22, tensors: int = 4) -> float:
+def copies(kind: str, ranks: Ranks, device: torch.device, tensors: int, nbytes: int = 2**22) -> float:
     """Bytes that a reduce-scatter or all-gather of `tensors` whole tensors, together of `nbytes`, holds besides what it
-    reads and gives, relative to `nbytes`."""
+    reads and gives, relative to `nbytes`. Several tensors to scatter are packed into one where that is quicker, and
+    that copy is gone when the collective is under way: what it holds then is that of one tensor."""
     size = (ranks.world, ranks.local)
     shape = CollectiveTime(kind, nbytes, *size, tensors, 0.0)
     given = nbytes if kind == "all_gather" else nbytes / ranks.world

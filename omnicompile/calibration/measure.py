@@ -97,8 +97,8 @@ def measure(device: torch.device, ranks: Ranks, quick: bool, name: str, say: Say
         together=tuple(together),
         host_copy=tuple(_host_copies(run)),
         sustained=_sustained(run) if shapes.sustained else None,
-        reduce_copies=copies("reduce_scatter", ranks, device) if several else 0.0,
-        gather_copies=copies("all_gather", ranks, device) if several else 0.0,
+        reduce_copies=copies("reduce_scatter", ranks, device, 1) if several else 0.0,
+        gather_copies=copies("all_gather", ranks, device, 4) if several else 0.0,
         notes=tuple(run.notes),
     )
 

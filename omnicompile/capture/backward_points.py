@@ -10,7 +10,7 @@ import sympy
 from torch import Tensor, fx
 from torch._ops import OpOverload
 
-from omnicompile.capture.classify import is_free, storage_of
+from omnicompile.capture.classify import MATMULS, is_free, storage_of
 from omnicompile.capture.fusion import fuse, in_one_piece, only_inside, with_siblings
 from omnicompile.capture.joint import JointGraph
 from omnicompile.capture.rerun import rerun
@@ -78,6 +78,17 @@ def stretch_ends(calls: Sequence[fx.Node]) -> list[int]:
     return ends[::-1]
 
 
+def launches_end(calls: Sequence[fx.Node], ends: Sequence[int], gradients: Collection[fx.Node]) -> list[int]:
+    """`ends`, but a stretch ends after the first of `gradients` and the products beside it: there the collectives of
+    the layers before and after are launched."""
+    at = next((index for index, node in enumerate(calls) if node in gradients), None)
+    if at is None:
+        return list(ends)
+    while at < ends[at] and (is_free(calls[at + 1]) or calls[at + 1].target in MATMULS):
+        at += 1
+    return [at if index <= at <= end else end for index, end in enumerate(ends)]
+
+
 def by_kernels(calls: Sequence[fx.Node]) -> tuple[list[fx.Node], dict[fx.Node, int], set[fx.Node]]:
     """(calls with those of a kernel together, call -> index of the last call of its kernel, results in registers)"""
     groups = with_siblings(list(calls), fuse(list(calls)), dict(zip(calls, stretch_ends(calls))))
@@ -122,7 +133,7 @@ class _Walk:
         self._origin, calls = rerun(joint, again)
         self.copies = {origin: copy for copy, origin in self._origin.items()}
         self._calls, self._kernel_end, self._registers = by_kernels(calls)
-        self.ends = self._ends()
+        self.ends = self._ends({storage_of(node) for node in joint.weight_grads.values()})
 
     def calls(self, skip: Iterable[fx.Node]) -> Iterator[tuple[int, fx.Node, frozenset[fx.Node]]]:
         """(index, call, results that live during it), by nodes of the joint graph; not those in `skip`."""
@@ -130,16 +141,16 @@ class _Walk:
         for index, alive in enumerate(live(self._calls, self.ends, left_out)):
             yield index, self._origin[self._calls[index]], frozenset(self._origin[copy] for copy in alive)
 
-    def _ends(self) -> dict[fx.Node, int]:
-        """Call until which a storage is held. What comes from the forward goes into compiled code, which holds it until
-        it returns; so does what is made again in an earlier stretch."""
+    def _ends(self, gradients: Collection[fx.Node]) -> dict[fx.Node, int]:
+        """Call until which a storage is held. What goes into compiled code, which holds it until it returns, is what
+        comes from the forward and what is made in an earlier stretch, again or before the layer's launches."""
         stretch = stretch_ends(self._calls)
+        cut = launches_end(self._calls, stretch, {self.copies[node] for node in gradients if node in self.copies})
         made = {node: index for index, node in enumerate(self._calls)}
         ends = last_uses(self._calls, self._kernel_end)
         for node, index in ends.items():
-            of_forward = node not in made or self._origin[node] in self._again
-            if of_forward and (node not in made or stretch[made[node]] != stretch[index]):
-                ends[node] = stretch[index]
+            if node not in made or cut[made[node]] != cut[index]:
+                ends[node] = cut[index]
         return ends
 
 

@@ -72,12 +72,12 @@ def kernels(gm: fx.GraphModule) -> list[Kernel]:
 def compiled(gm: fx.GraphModule) -> Compiled:
     """How the graph's compute runs as far as memory goes: element-wise work that reads the same is one kernel too."""
     found, over = list[list[fx.Node]](), dict[fx.Node, fx.Node]()
-    for region in find_regions(gm):
-        nodes = list(region.nodes)
+    regions = [list(region.nodes) for region in find_regions(gm)]
+    for nodes in regions:
         groups = with_siblings(nodes, fuse(nodes))
         over |= written_over(groups, in_one_piece(nodes, groups))
         found += groups
-    return Compiled(found, only_inside(found), over)
+    return Compiled(found, regions, only_inside(found), over)
 
 
 def is_collective(node: fx.Node) -> bool:

@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from omnicompile.capture.backward_points import POINTS, Corner, corners
+from omnicompile.capture.backward_points import POINTS, Corner, corners, launches_end
+from omnicompile.capture.classify import MATMULS
 from omnicompile.capture.liveness import analyse
 from omnicompile.program import Phase, Recompute, Sym
 
@@ -89,6 +90,19 @@ def test_what_goes_into_compiled_code_is_held_until_it_returns() -> None:
     joint = joint_of(lambda x, w: ((x @ w).exp() @ w).sigmoid() @ w)
     points = analyse(joint, reader(), {}, {}, ()).backward
     assert all(point.freed == 0 for point in points) and points[-1].dense == 1.0
+
+
+def test_a_stretch_ends_where_the_neighbours_collectives_are_launched() -> None:
+    """After the first weight gradient and the product beside it; each weight here has one."""
+    joint = joint_of(lambda x, w: ((x @ w).exp() @ w).sigmoid() @ w)
+    calls = [node for node in joint.backward if node.op == "call_function"]
+    products = [index for index, node in enumerate(calls) if node.target in MATMULS]
+    ends = [len(calls) - 1] * len(calls)
+    cut = launches_end(calls, ends, {calls[products[0]]})
+    end = cut[0]
+    assert products[1] <= end < products[2] and end < len(calls) - 1
+    assert cut == [end] * (end + 1) + ends[end + 1 :]
+    assert launches_end(calls, ends, ()) == ends
 
 
 def test_a_kernel_holds_what_it_reads_until_all_its_results_are_there() -> None:

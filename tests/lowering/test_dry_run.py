@@ -90,8 +90,7 @@ def test_four_layers_agree_with_the_plan(pins: dict[str, str], tmp_path: Path) -
     path = tmp_path / "model.py"
     path.write_text(DENSE)
     memory, time = _beside_the_plan(str(path), 128, pins)
-    # With full recompute the plan has its peak in the embedding's backward, which it counts 6% too high.
-    assert 0.94 <= memory <= 1.05 and time == pytest.approx(1.0, abs=0.10)
+    assert memory == pytest.approx(1.0, abs=0.05) and time == pytest.approx(1.0, abs=0.10)
 
 
 @pytest.mark.slow

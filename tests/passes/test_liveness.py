@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from omnicompile.passes.liveness import peak_bytes
+from omnicompile.passes.liveness import Compiled, peak_bytes
 from omnicompile.plan import Mesh
 from omnicompile.recompute import Recompute
 from omnicompile.torch_compat import measured_peak, new_fake_mode
@@ -49,6 +49,19 @@ def test_small_graphs(function: Callable[..., Any]) -> None:
     x = torch.arange(100, dtype=torch.float32)
     gm = make_fx(function)(x)
     assert peak_bytes(gm).total == measured_peak(gm, [x])
+
+
+def test_what_comes_into_a_region_is_held_until_it_returns() -> None:
+    def work(x: Tensor) -> Tensor:
+        a = x.sin()  # dies with b, or with the region of b, c and d
+        b = a.cos()
+        c = b.tan()
+        return c.exp()
+
+    gm = make_fx(work)(torch.arange(100, dtype=torch.float32))
+    _, *region = [node for node in gm.graph.nodes if node.op == "call_function"]
+    plain, held = peak_bytes(gm), peak_bytes(gm, compiled=Compiled(regions=[region]))
+    assert (plain.total, held.total) == (3 * 400, 4 * 400)
 
 
 @pytest.mark.parametrize("policy", list(Recompute))
