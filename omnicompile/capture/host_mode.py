@@ -160,7 +160,7 @@ class HostMode(TorchFunctionMode):
         with outside_tracing():
             return torch.full(tuple(args[0].shape), func in _DIFFERS, device="cpu")
 
-    def on_host(self, args: Any, kwargs: Any, result: Any) -> None:
+    def on_host(self, func: Callable[..., Any], args: Any, kwargs: Any, result: Any) -> None:
         """Called after an operation that ran on the host."""
 
     def traced(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -204,7 +204,7 @@ class HostMode(TorchFunctionMode):
                 kwargs = {**kwargs, "device": "cpu"}
             with outside_tracing():
                 result = func(*args, **kwargs)
-            self.on_host(args, kwargs, result)
+            self.on_host(func, args, kwargs, result)
             self._wide.follow(func, args, kwargs, result)
             return result
         if func is torch.Tensor.__getitem__ and (indices := _mask_to_indices(args[1], args[0].shape)) is not None:

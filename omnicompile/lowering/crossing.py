@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from omnicompile.capture.host_mode import HostMode, is_host
+from omnicompile.lowering.totals import Totals
 from omnicompile.torch_compat import FakeTensor, outside_tracing
 
 _ATTENTION = torch.ops.omnicompile.attention
@@ -34,11 +35,12 @@ _SAME_VALUES = frozenset({torch.Tensor.to, torch.Tensor.view, torch.Tensor.resha
 class Crossing:
     """A host tensor that enters the graph. bounds_only: it is used for nothing but the segment bounds of attention, so
     that it can be lengthened by empty segments. sources: the batch's tensors that it was computed from, as far as they
-    are known (numbers taken out of a tensor lose theirs)."""
+    are known (numbers taken out of a tensor lose theirs). total: it is a sum over their entries (see `totals`)."""
 
     value: Tensor
     bounds_only: bool = True
     sources: frozenset[str] = frozenset()
+    total: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ class CrossingMode(HostMode):
         self.results: dict[int, Result] = {}
         self._known = known or {}
         self._sources: dict[int, tuple[Tensor, frozenset[str]]] = {}
+        self._totals = Totals()
         self.inputs = inputs
         self.crossings: list[Crossing] = []
         self.calls: list[Call] = []
@@ -104,8 +107,9 @@ class CrossingMode(HostMode):
             if is_host(value):
                 self._sources[id(value)] = (value, frozenset([name]))
 
-    def on_host(self, args: Any, kwargs: Any, result: Any) -> None:
+    def on_host(self, func: Callable[..., Any], args: Any, kwargs: Any, result: Any) -> None:
         """Remember what a host tensor was computed from."""
+        self._totals.note(func, args, result)
         found = [self._sources[id(x)][1] for x in tree_leaves((args, kwargs)) if id(x) in self._sources]
         if found:
             for value in tree_leaves(result):
@@ -154,7 +158,8 @@ class CrossingMode(HostMode):
         if number is None:
             number = self._number[id(tensor)] = len(self.crossings)
             known = self._sources.get(id(tensor))
-            self.crossings.append(Crossing(tensor, sources=known[1] if known else frozenset()))
+            sources = known[1] if known else frozenset[str]()
+            self.crossings.append(Crossing(tensor, sources=sources, total=tensor in self._totals))
         if not (is_attention(func) and any(tensor is bound for bound in args[_BOUNDS])):
             self.crossings[number].bounds_only = False
         return tensor if self.inputs is None else self.inputs[number]

@@ -60,6 +60,7 @@ def with_outputs(captured: CapturedForward, names: Collection[str]) -> CapturedF
         captured.inputs,
         captured.host,
         tuple(names),
+        captured.totals,
     )
 
 
@@ -89,7 +90,10 @@ def rank_program(
     for placeholder, name in captured.inputs.items():
         inputs[placeholder] = InputSpec(name, "input", token_dim(nodes[placeholder].meta["val"], lengths))
     for placeholder in captured.host:
-        inputs[placeholder] = InputSpec(placeholder, "host", token_dim(nodes[placeholder].meta["val"], lengths))
+        value = nodes[placeholder].meta["val"]
+        number = "total" if placeholder in captured.totals else "number"
+        of_batch = number if value.numel() == 1 and captured.host[placeholder] else ""
+        inputs[placeholder] = InputSpec(placeholder, "host", token_dim(value, lengths), of_batch=of_batch)
     compute = dtype_named(plan.param_dtype)
     return RankProgram(
         gm=captured.gm,

@@ -7,7 +7,7 @@ graph (see `crossing`); no metadata of the example batch is burnt in.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from omnicompile.capture.host_mode import MAX_HOST_ELEMENTS
 from omnicompile.capture.trace import explain_failure
 from omnicompile.errors import CaptureError, InputError
 from omnicompile.lowering.cleanup import clean
-from omnicompile.lowering.crossing import CrossingMode
+from omnicompile.lowering.crossing import Crossing, CrossingMode
 from omnicompile.lowering.host_program import HostProgram, fake_copy, fit, is_host_input
 from omnicompile.torch_compat import as_in_eager, new_fake_mode
 
@@ -35,7 +35,8 @@ class CapturedForward:
     gm: placeholders are parameters, buffers, constants, float inputs and host inputs; the output is a tuple with one
     value for each of `outputs` ("loss", "logits"). params / buffers / inputs: placeholder name -> name in the model or
     the batch. constants: placeholder name -> tensor that the model makes of literals. host: placeholders of host
-    metadata, in crossing order -> names of the batch's tensors that they are known to come from.
+    metadata, in crossing order -> names of the batch's tensors that they are known to come from. totals: those of them
+    that are sums over entries of the batch.
     """
 
     gm: fx.GraphModule
@@ -45,6 +46,7 @@ class CapturedForward:
     inputs: dict[str, str]
     host: dict[str, frozenset[str]]
     outputs: tuple[str, ...]
+    totals: frozenset[str] = frozenset()
 
 
 class LoweredInputs:
@@ -156,7 +158,7 @@ def capture_forward(
             f"{type(model).__name__}: tracing met {len(crossing.crossings)} metadata tensors, a run before it "
             f"{len(host)}: the forward must do the same each time it is called"
         )
-    captured = _captured(exported, tuple(find_outputs(first.output)), [c.sources for c in first.crossings])
+    captured = _captured(exported, tuple(find_outputs(first.output)), first.crossings)
     _merge_tied(captured, copied)
     return captured, LoweredInputs(captured, program, tuple(host))
 
@@ -185,7 +187,7 @@ def _with_room(bounds: Tensor, segments: int) -> Tensor:
 
 
 def _captured(
-    exported: torch.export.ExportedProgram, outputs: tuple[str, ...], sources: list[frozenset[str]]
+    exported: torch.export.ExportedProgram, outputs: tuple[str, ...], crossings: Sequence[Crossing]
 ) -> CapturedForward:
     signature, gm = exported.graph_signature, exported.graph_module
 
@@ -206,7 +208,9 @@ def _captured(
             )
     known = {*params, *buffers, *constants}
     rest = [n for n in gm.graph.find_nodes(op="placeholder") if n.name not in known]
-    host = {n.name: sources[int(n.name.removeprefix("host_"))] for n in rest if n.name.startswith("host_")}
+    met = {n.name: crossings[int(n.name.removeprefix("host_"))] for n in rest if n.name.startswith("host_")}
+    host = {name: crossing.sources for name, crossing in met.items()}
+    totals = frozenset(name for name, crossing in met.items() if crossing.total)
     inputs = {n.name: n.name.removeprefix("inputs_") for n in rest if n.name not in host}
     clean(gm)
-    return CapturedForward(gm, params, buffers, constants, inputs, host, outputs)
+    return CapturedForward(gm, params, buffers, constants, inputs, host, outputs, totals)
