@@ -7,6 +7,7 @@ gives: the means must be taken over all data ranks before they are multiplied.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import torch
@@ -32,9 +33,10 @@ def insert_data_mean_pass(program: RankProgram, plan: Plan | None = None) -> Ran
     Before: `m = mean(probabilities, 0); aux = m * f; loss = ce / count + aux`. After: `m =
     data_mean(mean(probabilities, 0)); aux = m * f; loss = (ce * n / count + aux) / n`, n data ranks. Sizes of a
     micro-batch that the model divides by are constants of the graph, so a sum over tokens divided by them is a mean
-    too, and is averaged. Leaves a loss that is a sum of cross-entropies alone.
+    too, and is averaged. So is a number that the model counts in its micro-batch: `losses.sum() / mask.sum()` becomes
+    `losses.sum() / data_mean(mask.sum())`. Leaves a loss that is a sum of cross-entropies alone.
 
-    Raises LoweringError for losses of single tokens that it cannot follow.
+    Raises LoweringError for losses of single tokens that it cannot follow, and for other numbers of a micro-batch.
     """
     ranks = axis_size(program.mesh, _ACROSS)
     if ranks == 1 or not _needs_means(program):
@@ -70,6 +72,7 @@ def _needs_means(program: RankProgram) -> bool:
         if node not in wanted:
             wanted.add(node)
             stack += node.all_input_nodes
+    _refuse_numbers(scratch, wanted)
     for node in wanted:
         if operator_name(node) == _LOSS and isinstance(walk.actual[node][0], Replicate):
             raise LoweringError(
@@ -78,6 +81,20 @@ def _needs_means(program: RankProgram) -> bool:
             )
     other = any(node in wanted and operator_name(node) != _LOSS for node in walk.sums)
     return other or any(node.target is collectives.all_reduce or node in walk.averager.shared for node in wanted)
+
+
+def _refuse_numbers(program: RankProgram, wanted: Collection[fx.Node]) -> None:
+    """What is computed of a micro-batch other than by summing up is not known of all of them together."""
+    for node in wanted:
+        spec = program.inputs.get(node.name)
+        if spec is None or spec.of_batch != "number":
+            continue
+        user = next((u for u in node.users if u in wanted and u.meta["val"].numel() == 1), None)
+        if user is not None:
+            raise LoweringError(
+                f"the loss in {module_of(user)} depends on a number that the model computes from its batch, which each "
+                "data rank would do for its own: sum up what you count (`mask.sum()`) and divide by that as it is"
+            )
 
 
 def _multiply(program: RankProgram, node: fx.Node, factor: float) -> None:
@@ -120,6 +137,12 @@ class DataPropagation(Propagation):
         group = self.program.group(_ACROSS) if self.across > 1 else ""
         self.averager = _Averager(self.program.gm.graph, 1, group, None, across=self.across)  # type: ignore[arg-type]
         self.redistribute = self.averager
+
+    def _placeholder(self, node: fx.Node) -> None:
+        super()._placeholder(node)
+        spec = self.program.inputs.get(node.name)
+        if spec is not None and spec.of_batch == "total":
+            self.actual[node] = self.virtual[node] = (PARTIAL,)
 
     def _layout(self, node: fx.Node) -> Layout:
         return Layout.SEQUENCE

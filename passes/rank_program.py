@@ -79,13 +79,15 @@ class InputSpec:
     coordinate in the group `name`, 0-d int64) or "dropout" (the key of dropout site number `name` in this forward, 0-d
     int64) or "order" (where rows of images come from, [int(name)] int64, see image_order.py). packed: takes the value
     for the images in the order that deals them out to ranks. token_dim: the dimension that runs along the tokens or
-    patches of its block, where cutting starts.
+    patches of its block, where cutting starts. of_batch: of a single number made on the host of what is in the batch:
+    "total" if it is a sum over that, else "number".
     """
 
     name: str
     kind: str
     token_dim: int | None = None
     packed: bool = False
+    of_batch: str = ""
 
 
 @dataclass
