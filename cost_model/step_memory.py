@@ -61,20 +61,29 @@ def _head_peaks(
 ) -> tuple[float, float]:
     assert segment.logits is not None
     rows, vocabulary = logit_rows / split.tokens, segment.logits[1] / split.tensor
+    cast = _cast_gradient(segment, groups, options) if gradient.weight else 0.0
     if options.loss_head is LossHead.CHUNKED:
         narrow = options.param_bytes if options.param_bytes < DTYPE_BYTES["float32"] else 0
         chunk = min(LOSS_CHUNK_ROWS, rows) * vocabulary * (LOGIT_BYTES + narrow)
-        return chunk, chunk
+        return chunk, max(chunk, cast)
     if not options.stack.fused_loss:
         return rows * vocabulary * UNFUSED_LOGIT_BYTES, rows * vocabulary * UNFUSED_LOGIT_BYTES
     if options.stack == OURS:  # the gradient is written over the logits (passes/in_place.py)
         logits = rows * vocabulary * max(options.param_bytes, ACTIVATION_BYTES)
-        return logits, logits
+        return logits, max(logits, cast)
     # Forward and backward of the loss are one kernel: 16-bit logits and their gradient.
     logits = rows * vocabulary * ACTIVATION_BYTES
     # The weight's gradient, which is counted besides, exists only when the logits are gone.
     later = local_params(segment, groups, trained=True)[0] * options.param_bytes if gradient.weight else 0.0
     return 2 * logits, max(2 * logits - later, logits)
+
+
+def _cast_gradient(segment: Segment, groups: Groups, options: StepOptions) -> float:
+    """Bytes of a head's whole gradient in the dtype that it is reduced in, made when the logits are gone. Its weight is
+    there until then, as they are in one stretch of compiled code."""
+    if groups.resident or options.reduce_bytes == options.param_bytes:
+        return 0.0
+    return local_params(segment, groups, trained=True)[0] * options.reduce_bytes
 
 
 def kept(
@@ -88,6 +97,9 @@ def kept(
     by_policy = numbers.saved if gradient.weight else numbers.saved_frozen
     saved = _local_bytes(by_policy[policy], numbers, split)
     everything = _local_bytes(by_policy[Recompute.NONE], numbers, split)
+    twice = _exchanged_results(numbers, split)
+    everything += twice
+    saved += twice if policy in (Recompute.NONE, Recompute.SELECTIVE) else 0.0
     if stack.fused_kernels:
         width = 1 if stack.gemm_dtype.startswith("float8") else 2
         fused = by_policy[Recompute.SELECTIVE] + _product_inputs(numbers, width)
@@ -100,6 +112,15 @@ def kept(
     if policy is not Recompute.NONE:
         saved = stack.recompute_share * saved + (1 - stack.recompute_share) * everything
     return saved, max(0.0, everything - saved)
+
+
+def _exchanged_results(numbers: SegmentNumbers, split: Split) -> float:
+    """Bytes of what attention gave, on the other side of the exchange of heads for tokens: its own backward reads the
+    one, that of the projection after it the other."""
+    if split.heads == 1:
+        return 0.0
+    forward = [op for op in numbers.ops if op.op.attention is not None and op.op.phase is Phase.FORWARD]
+    return sum(sum(attention_exchange_bytes(op, split)[1]) for op in forward)
 
 
 def _product_inputs(numbers: SegmentNumbers, width: int) -> float:

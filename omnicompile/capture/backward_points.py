@@ -89,9 +89,15 @@ def launches_end(calls: Sequence[fx.Node], ends: Sequence[int], gradients: Colle
     return [at if index <= at <= end else end for index, end in enumerate(ends)]
 
 
-def by_kernels(calls: Sequence[fx.Node]) -> tuple[list[fx.Node], dict[fx.Node, int], set[fx.Node]]:
-    """(calls with those of a kernel together, call -> index of the last call of its kernel, results in registers)"""
-    groups = with_siblings(list(calls), fuse(list(calls)), dict(zip(calls, stretch_ends(calls))))
+def by_kernels(
+    calls: Sequence[fx.Node], gradients: Collection[fx.Node] = ()
+) -> tuple[list[fx.Node], dict[fx.Node, int], set[fx.Node]]:
+    """(calls with those of a kernel together, call -> index of the last call of its kernel, results in registers).
+    gradients: see `launches_end`. A kernel lies within a stretch of compiled code."""
+    stretches: dict[int, list[fx.Node]] = {}
+    for node, end in zip(calls, launches_end(calls, stretch_ends(calls), gradients)):
+        stretches.setdefault(end, []).append(node)
+    groups = [group for nodes in stretches.values() for group in with_siblings(nodes, fuse(nodes))]
     order = in_one_piece(calls, groups)
     return order, kernel_ends(order, groups), only_inside(groups)
 
@@ -132,8 +138,10 @@ class _Walk:
         self._again = again
         self._origin, calls = rerun(joint, again)
         self.copies = {origin: copy for copy, origin in self._origin.items()}
-        self._calls, self._kernel_end, self._registers = by_kernels(calls)
-        self.ends = self._ends({storage_of(node) for node in joint.weight_grads.values()})
+        weights = {storage_of(node) for node in joint.weight_grads.values()}
+        gradients = {self.copies[node] for node in weights if node in self.copies}
+        self._calls, self._kernel_end, self._registers = by_kernels(calls, gradients)
+        self.ends = self._ends(gradients)
 
     def calls(self, skip: Iterable[fx.Node]) -> Iterator[tuple[int, fx.Node, frozenset[fx.Node]]]:
         """(index, call, results that live during it), by nodes of the joint graph; not those in `skip`."""
@@ -144,8 +152,7 @@ class _Walk:
     def _ends(self, gradients: Collection[fx.Node]) -> dict[fx.Node, int]:
         """Call until which a storage is held. What goes into compiled code, which holds it until it returns, is what
         comes from the forward and what is made in an earlier stretch, again or before the layer's launches."""
-        stretch = stretch_ends(self._calls)
-        cut = launches_end(self._calls, stretch, {self.copies[node] for node in gradients if node in self.copies})
+        cut = launches_end(self._calls, stretch_ends(self._calls), gradients)
         made = {node: index for index, node in enumerate(self._calls)}
         ends = last_uses(self._calls, self._kernel_end)
         for node, index in ends.items():

@@ -90,19 +90,16 @@ def _readers(users: list[fx.Node], group_of: dict[fx.Node, list[fx.Node]]) -> li
     return found
 
 
-def with_siblings(
-    nodes: list[fx.Node], groups: list[list[fx.Node]], stretch: Mapping[fx.Node, int] | None = None
-) -> list[list[fx.Node]]:
+def with_siblings(nodes: list[fx.Node], groups: list[list[fx.Node]]) -> list[list[fx.Node]]:
     """Groups of `fuse`, those made one that read the same tensor, as large as what they make, when equally many
     unfusible operators precede them: Inductor runs these together, so that what they read is there until all of their
-    results are. stretch: number of the compiled code that a node is in; by default all are in one."""
+    results are."""
     depth = _depths(nodes)
-    found: dict[tuple[int, int, fx.Node], list[fx.Node]] = {}
+    found: dict[tuple[int, fx.Node], list[fx.Node]] = {}
     merged: list[list[fx.Node]] = []
     for group in groups:
         level, size = max(depth[node] for node in group), _largest(group)
-        place = (level, stretch[group[-1]] if stretch else 0)
-        keys = [(*place, base) for base in group_traffic(group)[0] if size and elements(base) == size]
+        keys = [(level, base) for base in group_traffic(group)[0] if size and elements(base) == size]
         beside = next((found[key] for key in keys if key in found), None) if is_fusible(group[0]) else None
         if beside is None:
             beside = []

@@ -7,6 +7,8 @@ from collections.abc import Collection, Mapping
 from torch import Tensor, fx
 
 from omnicompile.capture.regions import modality_of_input
+from omnicompile.errors import PlanError
+from omnicompile.schema import suggestion
 
 MAIN = "text"
 
@@ -16,7 +18,8 @@ def assign_blocks(gm: fx.GraphModule, blocks: Collection[str], sources: Mapping[
     vision, what depends on audio features alone is audio, what depends on text too, or on several, is the backbone.
 
     sources: placeholder -> names of the batch's tensors that it comes from (none for parameters). Values that depend on
-    no input, such as gathered parameters, belong to the block of what uses them.
+    no input, such as gathered parameters, belong to the block of what uses them. What `blocks` leaves out goes with the
+    backbone; raises PlanError if `blocks` names one that is not there in its stead.
     """
     nodes = list(gm.graph.nodes)
     found: dict[fx.Node, frozenset[str]] = {}
@@ -27,10 +30,24 @@ def assign_blocks(gm: fx.GraphModule, blocks: Collection[str], sources: Mapping[
     for node in reversed(nodes):
         if not found[node]:
             found[node] = min((found[user] for user in node.users if found[user]), key=len, default=frozenset())
+    # A plan made with images serves batches that have videos alone: one encoder takes both.
+    alike = {"video": "vision"} if "video" not in blocks else {}
+    names = {m: alike.get(name := _block_name(m), name) for m in found.values()}
+    _check_names(blocks, set(names.values()))
     main = MAIN if MAIN in blocks else next(iter(blocks))
     for node in nodes:
-        name = _block_name(found[node])
+        name = names[found[node]]
         node.meta["block"] = name if name in blocks else main
+
+
+def _check_names(blocks: Collection[str], names: Collection[str]) -> None:
+    """A block that the model lacks may be one for inputs that this batch lacks, unless the plan lacks one in turn."""
+    unknown, missing = sorted(set(blocks) - set(names)), sorted(set(names) - set(blocks))
+    if unknown and missing:
+        raise PlanError(
+            f"the plan has a block {unknown[0]!r}, which the model does not have{suggestion(unknown[0], sorted(names))}, "
+            f"and none for {missing[0]!r}"
+        )
 
 
 def _block_name(modalities: frozenset[str]) -> str:

@@ -99,7 +99,40 @@ def test_sequence_parallelism_divides_activations() -> None:
     row = KINDS.index("activations")
     whole = table(program, make_plan(program, Mesh(dp_shard=16)), model)[row].max()
     split = table(program, make_plan(program, Mesh(dp_shard=4, sp=4)), model)[row].max()
-    assert split == pytest.approx(whole / 4)
+    (layers,) = (segment for segment in program.segments if segment.count > 1)
+    attention = next(op.attention for op in layers.ops if op.attention is not None)
+    # Attention reads its own result before the exchange of heads for tokens, the projection after it.
+    result = 2 * program.sample.seq_len * attention.heads * attention.v_head_dim * layers.count
+    assert split == pytest.approx((whole + result) / 4)
+
+
+def test_a_second_exchange_of_what_is_not_kept_is_no_saving() -> None:
+    """With recompute of attention's surroundings its result is kept on one side alone."""
+    program = synthetic.dense_lm()
+    model = StepModel(program, CLUSTER)
+    mesh = Mesh(dp_shard=4, sp=4)
+
+    def layer(policy: Recompute) -> tuple[float, float]:
+        units = model.plan_blocks(make_plan(program, mesh, recompute=policy))["text"].units
+        (work,) = (unit.work for name, unit in units.items() if name == "text.layers")
+        return work.saved, work.recomputed
+
+    everything = sum(layer(Recompute.NONE))
+    assert all(sum(layer(policy)) == pytest.approx(everything) for policy in Recompute)
+    assert layer(Recompute.EXCEPT_ATTENTION)[0] < layer(Recompute.SELECTIVE)[0] < everything
+
+
+def test_a_heads_gradient_is_cast_when_its_logits_are_gone() -> None:
+    """Of a large vocabulary and few rows the copy in float32 is the larger."""
+    program = synthetic.dense_lm(1024)
+    plan = make_plan(program, Mesh(dp_shard=16))
+    (head,) = (segment for segment in program.segments if segment.logits is not None)
+
+    def peak_of_head(plan: Plan) -> float:
+        return max(StepModel(program, CLUSTER).plan_blocks(plan)["text"].units[head.name].work.backward_peaks)
+
+    assert peak_of_head(plan) == pytest.approx(4 * head.param_count)
+    assert peak_of_head(replace(plan, reduce_dtype="bfloat16")) < peak_of_head(plan)
 
 
 def test_chunked_loss_head_saves_logits() -> None:

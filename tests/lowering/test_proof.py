@@ -96,3 +96,10 @@ def test_batches_of_one_shape_are_proved_where_others_are_refused() -> None:
         prove(TinyModel(dense_model(), batch), plan, check_values=False)
     report = prove(TinyModel(dense_model(), batch, even=text_batch), plan, check_values=False)
     assert report.equal and any("one shape" in note for note in report.notes)
+
+
+def test_a_block_that_the_model_lacks_is_named() -> None:
+    tiny, plan = _tiny(dense_model()), _plan(Mesh(dp_shard=2))
+    plan = replace(plan, blocks={"texd": plan.blocks["text"]})
+    with pytest.raises(PlanError, match=r"a block 'texd', which .* \(did you mean text\?\), and none for 'text'"):
+        prove(tiny, plan)
