@@ -32,11 +32,12 @@ def assign_blocks(gm: fx.GraphModule, blocks: Collection[str], sources: Mapping[
             found[node] = min((found[user] for user in node.users if found[user]), key=len, default=frozenset())
     # A plan made with images serves batches that have videos alone: one encoder takes both.
     alike = {"video": "vision"} if "video" not in blocks else {}
-    names = {m: alike.get(name := _block_name(m), name) for m in found.values()}
-    _check_names(blocks, set(names.values()))
+    named = {modalities: _block_name(modalities) for modalities in found.values()}
+    named = {modalities: alike.get(name, name) for modalities, name in named.items()}
+    _check_names(blocks, set(named.values()))
     main = MAIN if MAIN in blocks else next(iter(blocks))
     for node in nodes:
-        name = names[found[node]]
+        name = named[found[node]]
         node.meta["block"] = name if name in blocks else main
 
 
@@ -45,8 +46,8 @@ def _check_names(blocks: Collection[str], names: Collection[str]) -> None:
     unknown, missing = sorted(set(blocks) - set(names)), sorted(set(names) - set(blocks))
     if unknown and missing:
         raise PlanError(
-            f"the plan has a block {unknown[0]!r}, which the model does not have{suggestion(unknown[0], sorted(names))}, "
-            f"and none for {missing[0]!r}"
+            f"the plan has a block {unknown[0]!r}, which the model does not have"
+            f"{suggestion(unknown[0], sorted(names))}, and none for {missing[0]!r}"
         )
 
 
