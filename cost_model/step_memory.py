@@ -97,13 +97,13 @@ def kept(
     by_policy = numbers.saved if gradient.weight else numbers.saved_frozen
     saved = _local_bytes(by_policy[policy], numbers, split)
     everything = _local_bytes(by_policy[Recompute.NONE], numbers, split)
-    twice = _exchanged_results(numbers, split)
+    twice = _exchanged_results(numbers, split) if gradient.weight else 0.0
     everything += twice
     saved += twice if policy in (Recompute.NONE, Recompute.SELECTIVE) else 0.0
     if stack.fused_kernels:
         width = 1 if stack.gemm_dtype.startswith("float8") else 2
         fused = by_policy[Recompute.SELECTIVE] + _product_inputs(numbers, width)
-        everything = min(everything, _local_bytes(fused, numbers, split))
+        everything = min(everything, _local_bytes(fused, numbers, split) + twice)
         saved = everything if policy is Recompute.NONE else min(saved, everything)
     if scores := _score_bytes(numbers, split, stack):
         everything += scores

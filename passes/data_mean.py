@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from omnicompile.errors import LoweringError
 from omnicompile.passes import collectives
@@ -25,6 +25,7 @@ from omnicompile.plan import Layout, Plan
 
 _ACROSS = "dp_replicate,dp_shard"
 _LOSS = "aten::cross_entropy_loss"
+_KEEPS_COUNT = frozenset({"aten::to", "aten::_to_copy", "aten::clamp", "aten::detach", "aten::alias"})
 
 
 def insert_data_mean_pass(program: RankProgram, plan: Plan | None = None) -> RankProgram:
@@ -33,13 +34,16 @@ def insert_data_mean_pass(program: RankProgram, plan: Plan | None = None) -> Ran
     Before: `m = mean(probabilities, 0); aux = m * f; loss = ce / count + aux`. After: `m =
     data_mean(mean(probabilities, 0)); aux = m * f; loss = (ce * n / count + aux) / n`, n data ranks. Sizes of a
     micro-batch that the model divides by are constants of the graph, so a sum over tokens divided by them is a mean
-    too, and is averaged. So is a number that the model counts in its micro-batch: `losses.sum() / mask.sum()` becomes
-    `losses.sum() / data_mean(mask.sum())`. Leaves a loss that is a sum of cross-entropies alone.
+    too, and is averaged. So is a count over its micro-batch that the model divides by: `losses.sum() / mask.sum()`
+    becomes `losses.sum() / data_mean(mask.sum())`. Leaves a loss that is a sum of cross-entropies alone.
 
     Raises LoweringError for losses of single tokens that it cannot follow, and for other numbers of a micro-batch.
     """
     ranks = axis_size(program.mesh, _ACROSS)
-    if ranks == 1 or not _needs_means(program):
+    if ranks == 1:
+        return program
+    _refuse_numbers(program)
+    if not _needs_means(program):
         return program
     walk = DataPropagation(program, 1, across=ranks)
     for node in list(program.gm.graph.nodes):
@@ -65,14 +69,7 @@ def _needs_means(program: RankProgram) -> bool:
     scratch = program.copy()
     walk = DataPropagation(scratch, 1)
     walk.run()
-    wanted = set()
-    stack = [scratch.output_nodes()[0]]
-    while stack:
-        node = stack.pop()
-        if node not in wanted:
-            wanted.add(node)
-            stack += node.all_input_nodes
-    _refuse_numbers(scratch, wanted)
+    wanted = _of_loss(scratch)
     for node in wanted:
         if operator_name(node) == _LOSS and isinstance(walk.actual[node][0], Replicate):
             raise LoweringError(
@@ -80,21 +77,74 @@ def _needs_means(program: RankProgram) -> bool:
                 "cut off before: give whole logits and ignored targets, or use reduction='mean' or 'sum'"
             )
     other = any(node in wanted and operator_name(node) != _LOSS for node in walk.sums)
-    return other or any(node.target is collectives.all_reduce or node in walk.averager.shared for node in wanted)
+    own = isinstance(walk.actual[scratch.output_nodes()[0]][0], Replicate)  # a mean over a rank's samples, say
+    return other or own or any(node.target is collectives.all_reduce or node in walk.averager.shared for node in wanted)
 
 
-def _refuse_numbers(program: RankProgram, wanted: Collection[fx.Node]) -> None:
-    """What is computed of a micro-batch other than by summing up is not known of all of them together."""
-    for node in wanted:
+def _of_loss(program: RankProgram) -> dict[fx.Node, None]:
+    """What the loss depends on."""
+    wanted: dict[fx.Node, None] = {}
+    stack = [program.output_nodes()[0]]
+    while stack:
+        node = stack.pop()
+        if node not in wanted:
+            wanted[node] = None
+            stack += node.all_input_nodes
+    return wanted
+
+
+def _refuse_numbers(program: RankProgram) -> None:
+    """Of numbers that a model computes from its micro-batch, only counts that it divides by are known of all data ranks
+    together. Looks at what is done with losses, and at what single numbers are made of."""
+    graph, losses, wanted = program.gm.graph, set[fx.Node](), _of_loss(program)
+    for node in graph.nodes:
+        if operator_name(node) == _LOSS or any(source in losses for source in node.all_input_nodes):
+            losses.add(node)
+    sums = [n for n in graph.nodes if n in wanted and is_sum_loss(n) and not _normalised(program, n)]
+    for node in graph.find_nodes(op="placeholder"):
         spec = program.inputs.get(node.name)
-        if spec is None or spec.of_batch != "number":
+        if node not in wanted or spec is None or not spec.of_batch:
             continue
-        user = next((u for u in node.users if u in wanted and u.meta["val"].numel() == 1), None)
-        if user is not None:
-            raise LoweringError(
-                f"the loss in {module_of(user)} depends on a number that the model computes from its batch, which each "
-                "data rank would do for its own: sum up what you count (`mask.sum()`) and divide by that as it is"
-            )
+        for user in _uses(node, wanted, losses):
+            if spec.of_batch == "number" or operator_name(user) != "aten::div" or user.args[1] not in _same(node):
+                raise LoweringError(
+                    f"the loss in {module_of(user)} depends on a number that the model computes from its batch, which "
+                    "each data rank would do for its own: divide by a count (`mask.sum()`) as it is"
+                )
+            if sums:
+                raise LoweringError(
+                    f"the loss in {module_of(user)} divides by a number counted in the batch, beside a cross-entropy "
+                    f"with reduction='sum' in {module_of(sums[0])}: use reduction='mean', which all data ranks share"
+                )
+
+
+def _normalised(program: RankProgram, loss: fx.Node) -> bool:
+    """Whether a sum of losses is divided by the number of targets of all ranks, which the runtime gives."""
+    counts = {name for name, spec in program.inputs.items() if spec.kind == "count"}
+    return any(source.name in counts for user in loss.users for source in user.all_input_nodes)
+
+
+def _same(number: fx.Node) -> set[fx.Node]:
+    """The number, cast or held from below too."""
+    found, stack = {number}, [number]
+    while stack:
+        for user in stack.pop().users:
+            if operator_name(user) in _KEEPS_COUNT and user not in found:
+                found.add(user)
+                stack.append(user)
+    return found
+
+
+def _uses(number: fx.Node, wanted: Collection[fx.Node], losses: Collection[fx.Node]) -> list[fx.Node]:
+    """What reads a number, cast or not, in the computation of the loss: losses, or other single numbers."""
+    same = _same(number)
+    users = [user for node in same for user in node.users if user not in same and user in wanted]
+    return [user for user in users if user in losses or _is_number(user)]
+
+
+def _is_number(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.dim() == 0
 
 
 def _multiply(program: RankProgram, node: fx.Node, factor: float) -> None:
@@ -175,6 +225,24 @@ class DataPropagation(Propagation):
         fresh = choice.outputs == (PARTIAL,) and not any(
             isinstance(self.actual[t][0], Partial) for t in self._tensors(call.node)
         )
-        if fresh:
+        if fresh and self._of_each_sample(call.node):
+            choice = replace(choice, outputs=(REPLICATE,))
+        elif fresh:
             self.sums.append(call.node)
         super()._apply(call, choice)
+
+    def _of_each_sample(self, node: fx.Node) -> bool:
+        """Whether tokens are summed up sample by sample, as pooling does: that is each data rank's own."""
+        (source, *_), value = self._tensors(node), node.meta["val"]
+        whole, placed = source.meta["val"], self.actual[source][0]
+        if not isinstance(placed, Shard) or placed.dim == 0 or value.dim() == 0:
+            return False
+        return value.shape[0] == whole.shape[0] and whole.shape[0] in self._batch_sizes()
+
+    def _batch_sizes(self) -> set[int]:
+        """Samples in a micro-batch, by the inputs that have tokens along the second of two dimensions."""
+        nodes = self.program.gm.graph.find_nodes(op="placeholder")
+        specs = [(self.program.inputs.get(node.name), node.meta["val"]) for node in nodes]
+        return {
+            value.shape[0] for spec, value in specs if spec is not None and spec.token_dim == 1 and value.dim() == 2
+        }

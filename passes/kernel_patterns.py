@@ -17,9 +17,7 @@ from omnicompile.passes.propagate import schema_values
 
 aten = torch.ops.aten
 _SUM = 2  # aten's code of `reduction`
-_CASTS = frozenset(
-    {aten.to.dtype, aten.to.dtype_layout, aten.to.other, aten._to_copy.default, aten.type_as.default}
-)
+_CASTS = frozenset({aten.to.dtype, aten.to.dtype_layout, aten.to.other, aten._to_copy.default, aten.type_as.default})
 _RESHAPES = frozenset({aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten._unsafe_view.default,
                        aten.alias.default, aten.contiguous.default})  # fmt: skip
 

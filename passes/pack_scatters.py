@@ -82,4 +82,3 @@ def _call(
     node = graph.call_function(target, args)  # type: ignore[arg-type]
     node.meta = {**like.meta, "val": value}
     return node
-

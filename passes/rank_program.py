@@ -79,8 +79,8 @@ class InputSpec:
     coordinate in the group `name`, 0-d int64) or "dropout" (the key of dropout site number `name` in this forward, 0-d
     int64) or "order" (where rows of images come from, [int(name)] int64, see image_order.py). packed: takes the value
     for the images in the order that deals them out to ranks. token_dim: the dimension that runs along the tokens or
-    patches of its block, where cutting starts. of_batch: of a single number made on the host of what is in the batch:
-    "total" if it is a sum over that, else "number".
+    patches of its block, where cutting starts. of_batch: of a number (0-d) made on the host of what is in the batch:
+    "total" if it counts over all of that, else "number".
     """
 
     name: str
@@ -146,7 +146,6 @@ class RankProgram:
             self, gm=copied(self.gm), params=dict(self.params), inputs=dict(self.inputs), notes=list(self.notes),
             groups=set(self.groups), log=list(self.log), aligned=dict(self.aligned), bound=dict(self.bound),
         )  # fmt: skip
-
 
     def bind(self, names: Mapping[str, str]) -> None:
         """Put the names of process groups in the place of axes strings, in place. names: by axes string."""

@@ -89,17 +89,25 @@ def launches_end(calls: Sequence[fx.Node], ends: Sequence[int], gradients: Colle
     return [at if index <= at <= end else end for index, end in enumerate(ends)]
 
 
-def by_kernels(
-    calls: Sequence[fx.Node], gradients: Collection[fx.Node] = ()
-) -> tuple[list[fx.Node], dict[fx.Node, int], set[fx.Node]]:
-    """(calls with those of a kernel together, call -> index of the last call of its kernel, results in registers).
-    gradients: see `launches_end`. A kernel lies within a stretch of compiled code."""
+@dataclass(frozen=True)
+class Kernels:
+    """calls: those of a kernel together. ends, stretch_ends: call -> index of the last one of its kernel, and of its
+    stretch of compiled code; a kernel lies within a stretch. registers: results that are never in memory."""
+
+    calls: list[fx.Node]
+    ends: dict[fx.Node, int]
+    stretch_ends: dict[fx.Node, int]
+    registers: set[fx.Node]
+
+
+def by_kernels(calls: Sequence[fx.Node], gradients: Collection[fx.Node] = ()) -> Kernels:
+    """How `calls` run when they are compiled. gradients: see `launches_end`."""
     stretches: dict[int, list[fx.Node]] = {}
     for node, end in zip(calls, launches_end(calls, stretch_ends(calls), gradients)):
         stretches.setdefault(end, []).append(node)
     groups = [group for nodes in stretches.values() for group in with_siblings(nodes, fuse(nodes))]
     order = in_one_piece(calls, groups)
-    return order, kernel_ends(order, groups), only_inside(groups)
+    return Kernels(order, kernel_ends(order, groups), kernel_ends(order, stretches.values()), only_inside(groups))
 
 
 def live(
@@ -135,29 +143,29 @@ class _Walk:
     run again in it."""
 
     def __init__(self, joint: JointGraph, again: Collection[fx.Node]) -> None:
-        self._again = again
         self._origin, calls = rerun(joint, again)
         self.copies = {origin: copy for copy, origin in self._origin.items()}
         weights = {storage_of(node) for node in joint.weight_grads.values()}
         gradients = {self.copies[node] for node in weights if node in self.copies}
-        self._calls, self._kernel_end, self._registers = by_kernels(calls, gradients)
-        self.ends = self._ends(gradients)
+        self._kernels = by_kernels(calls, gradients)
+        self.ends = self._ends()
 
     def calls(self, skip: Iterable[fx.Node]) -> Iterator[tuple[int, fx.Node, frozenset[fx.Node]]]:
         """(index, call, results that live during it), by nodes of the joint graph; not those in `skip`."""
-        left_out = self._registers | {self.copies[node] for node in skip if node in self.copies}
-        for index, alive in enumerate(live(self._calls, self.ends, left_out)):
-            yield index, self._origin[self._calls[index]], frozenset(self._origin[copy] for copy in alive)
+        left_out = self._kernels.registers | {self.copies[node] for node in skip if node in self.copies}
+        for index, alive in enumerate(live(self._kernels.calls, self.ends, left_out)):
+            yield index, self._origin[self._kernels.calls[index]], frozenset(self._origin[copy] for copy in alive)
 
-    def _ends(self, gradients: Collection[fx.Node]) -> dict[fx.Node, int]:
+    def _ends(self) -> dict[fx.Node, int]:
         """Call until which a storage is held. What goes into compiled code, which holds it until it returns, is what
         comes from the forward and what is made in an earlier stretch, again or before the layer's launches."""
-        cut = launches_end(self._calls, stretch_ends(self._calls), gradients)
-        made = {node: index for index, node in enumerate(self._calls)}
-        ends = last_uses(self._calls, self._kernel_end)
+        calls, stretch = self._kernels.calls, self._kernels.stretch_ends
+        made = set(calls)
+        ends = last_uses(calls, self._kernels.ends)
         for node, index in ends.items():
-            if node not in made or cut[made[node]] != cut[index]:
-                ends[node] = cut[index]
+            end = stretch[calls[index]]
+            if node not in made or stretch[node] != end:
+                ends[node] = end
         return ends
 
 

@@ -117,8 +117,8 @@ def _choice(
 def _forward_peak(joint: JointGraph, sizes: Sizes, kept: set[fx.Node]) -> Expr:
     """The most bytes of results that live at a time, beyond what is `kept`."""
     number = sizes.numbers()
-    calls, kernel_end, registers = by_kernels(joint.forward)
-    moments = live(calls, last_uses(calls, kernel_end), kept | registers)
+    kernels = by_kernels(joint.forward)
+    moments = live(kernels.calls, last_uses(kernels.calls, kernels.ends), kept | kernels.registers)
     return sizes.total(max(moments, key=lambda alive: sum(map(number, alive)), default=frozenset[fx.Node]()))
 
 

@@ -33,6 +33,9 @@ _MODALITY_OF_INPUT = (
 )
 
 
+KNOWN_MODALITIES = frozenset(modality for _, modality in _MODALITY_OF_INPUT)
+
+
 def modality_of_input(name: str) -> str:
     """The modality that a forward argument of this name carries; unknown names are a modality of their own, as is what
     a model is to produce (`output_image_values`), unless given as tokens (`output_image_ids`)."""

@@ -35,12 +35,13 @@ _SAME_VALUES = frozenset({torch.Tensor.to, torch.Tensor.view, torch.Tensor.resha
 class Crossing:
     """A host tensor that enters the graph. bounds_only: it is used for nothing but the segment bounds of attention, so
     that it can be lengthened by empty segments. sources: the batch's tensors that it was computed from, as far as they
-    are known (numbers taken out of a tensor lose theirs). total: it is a sum over their entries (see `totals`)."""
+    are known (numbers taken out of a tensor lose theirs). number: "total" of a count over the batch, "number" of
+    another tensor of no dimensions that is computed from it (see `totals`)."""
 
     value: Tensor
     bounds_only: bool = True
     sources: frozenset[str] = frozenset()
-    total: bool = False
+    number: str = ""
 
 
 @dataclass(frozen=True)
@@ -106,10 +107,11 @@ class CrossingMode(HostMode):
         for name, value in batch.items():
             if is_host(value):
                 self._sources[id(value)] = (value, frozenset([name]))
+                self._totals.given(value)
 
     def on_host(self, func: Callable[..., Any], args: Any, kwargs: Any, result: Any) -> None:
         """Remember what a host tensor was computed from."""
-        self._totals.note(func, args, result)
+        self._totals.note(func, args, kwargs, result)
         found = [self._sources[id(x)][1] for x in tree_leaves((args, kwargs)) if id(x) in self._sources]
         if found:
             for value in tree_leaves(result):
@@ -146,6 +148,7 @@ class CrossingMode(HostMode):
         with outside_tracing():
             real = func(self._values[id(args[0])][1], *args[1:], **kwargs)
         if func in _COMPARES and isinstance(args[1], int | float) and is_host(real):
+            self._totals.given(real)
             return real
         result = func(*args, **kwargs)
         if func in _SAME_VALUES:
@@ -154,12 +157,18 @@ class CrossingMode(HostMode):
         return result
 
     def _enter(self, tensor: Tensor, func: Callable[..., Any], args: tuple[Any, ...]) -> Tensor:
+        if (held := self._totals.least(tensor)) is not None:  # the least value is for the count of all ranks
+            count = self._enter(held[0], func, args)
+            if self.inputs is None:
+                return tensor
+            least = torch.clamp(count, min=held[1])  # the mean of integers need not be one
+            return least.to(tensor.dtype) if tensor.is_floating_point() else least
         number = self._number.get(id(tensor))
         if number is None:
             number = self._number[id(tensor)] = len(self.crossings)
             known = self._sources.get(id(tensor))
             sources = known[1] if known else frozenset[str]()
-            self.crossings.append(Crossing(tensor, sources=sources, total=tensor in self._totals))
+            self.crossings.append(Crossing(tensor, sources=sources, number=self._totals.kind(tensor)))
         if not (is_attention(func) and any(tensor is bound for bound in args[_BOUNDS])):
             self.crossings[number].bounds_only = False
         return tensor if self.inputs is None else self.inputs[number]

@@ -60,7 +60,7 @@ def with_outputs(captured: CapturedForward, names: Collection[str]) -> CapturedF
         captured.inputs,
         captured.host,
         tuple(names),
-        captured.totals,
+        captured.numbers,
     )
 
 
@@ -91,9 +91,8 @@ def rank_program(
         inputs[placeholder] = InputSpec(name, "input", token_dim(nodes[placeholder].meta["val"], lengths))
     for placeholder in captured.host:
         value = nodes[placeholder].meta["val"]
-        number = "total" if placeholder in captured.totals else "number"
-        of_batch = number if value.numel() == 1 and captured.host[placeholder] else ""
-        inputs[placeholder] = InputSpec(placeholder, "host", token_dim(value, lengths), of_batch=of_batch)
+        number = captured.numbers.get(placeholder, "")
+        inputs[placeholder] = InputSpec(placeholder, "host", token_dim(value, lengths), of_batch=number)
     compute = dtype_named(plan.param_dtype)
     return RankProgram(
         gm=captured.gm,

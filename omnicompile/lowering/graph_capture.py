@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,8 +35,8 @@ class CapturedForward:
     gm: placeholders are parameters, buffers, constants, float inputs and host inputs; the output is a tuple with one
     value for each of `outputs` ("loss", "logits"). params / buffers / inputs: placeholder name -> name in the model or
     the batch. constants: placeholder name -> tensor that the model makes of literals. host: placeholders of host
-    metadata, in crossing order -> names of the batch's tensors that they are known to come from. totals: those of them
-    that are sums over entries of the batch.
+    metadata, in crossing order -> names of the batch's tensors that they are known to come from. numbers: of single
+    numbers among them, "total" or "number" (see `Crossing`).
     """
 
     gm: fx.GraphModule
@@ -46,7 +46,7 @@ class CapturedForward:
     inputs: dict[str, str]
     host: dict[str, frozenset[str]]
     outputs: tuple[str, ...]
-    totals: frozenset[str] = frozenset()
+    numbers: Mapping[str, str] = field(default_factory=dict)
 
 
 class LoweredInputs:
@@ -142,6 +142,7 @@ def capture_forward(
         traced = {k: program.argument(k, v) for k, v in batch.items() if isinstance(v, Tensor) and not is_host_input(v)}
         fixed = {k: program.argument(k, v) for k, v in batch.items() if k not in traced}
         crossing = CrossingMode()
+        crossing.name_sources(fixed)
         values = {name: batch[name] for name in traced if batch[name].device.type == "cpu"}
         wrapped = _Forward(copied, fixed, values, crossing)
         fakes = [mode.from_tensor(value) for value in host]
@@ -210,7 +211,7 @@ def _captured(
     rest = [n for n in gm.graph.find_nodes(op="placeholder") if n.name not in known]
     met = {n.name: crossings[int(n.name.removeprefix("host_"))] for n in rest if n.name.startswith("host_")}
     host = {name: crossing.sources for name, crossing in met.items()}
-    totals = frozenset(name for name, crossing in met.items() if crossing.total)
+    numbers = {name: crossing.number for name, crossing in met.items() if crossing.number}
     inputs = {n.name: n.name.removeprefix("inputs_") for n in rest if n.name not in host}
     clean(gm)
-    return CapturedForward(gm, params, buffers, constants, inputs, host, outputs, totals)
+    return CapturedForward(gm, params, buffers, constants, inputs, host, outputs, numbers)

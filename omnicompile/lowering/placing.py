@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 
 from torch import Tensor, fx
 
-from omnicompile.capture.regions import modality_of_input
+from omnicompile.capture.regions import KNOWN_MODALITIES, modality_of_input
 from omnicompile.errors import PlanError
 from omnicompile.schema import suggestion
 
@@ -30,20 +30,22 @@ def assign_blocks(gm: fx.GraphModule, blocks: Collection[str], sources: Mapping[
     for node in reversed(nodes):
         if not found[node]:
             found[node] = min((found[user] for user in node.users if found[user]), key=len, default=frozenset())
-    # A plan made with images serves batches that have videos alone: one encoder takes both.
-    alike = {"video": "vision"} if "video" not in blocks else {}
+    # One encoder takes images and videos: a plan made with the one serves batches that have the other alone.
+    alike = {a: b for a, b in (("video", "vision"), ("vision", "video")) if a not in blocks and b in blocks}
     named = {modalities: _block_name(modalities) for modalities in found.values()}
     named = {modalities: alike.get(name, name) for modalities, name in named.items()}
-    _check_names(blocks, set(named.values()))
+    known = {name for modalities, name in named.items() if modalities <= KNOWN_MODALITIES}
+    _check_names(blocks, set(named.values()), known)
     main = MAIN if MAIN in blocks else next(iter(blocks))
     for node in nodes:
         name = named[found[node]]
         node.meta["block"] = name if name in blocks else main
 
 
-def _check_names(blocks: Collection[str], names: Collection[str]) -> None:
-    """A block that the model lacks may be one for inputs that this batch lacks, unless the plan lacks one in turn."""
-    unknown, missing = sorted(set(blocks) - set(names)), sorted(set(names) - set(blocks))
+def _check_names(blocks: Collection[str], names: Collection[str], known: Collection[str]) -> None:
+    """A block that the model lacks may be one for inputs that this batch lacks, unless the plan lacks one in turn.
+    known: names of modalities that the package knows; an input of any other name may go with the backbone."""
+    unknown, missing = sorted(set(blocks) - set(names)), sorted(set(known) - set(blocks))
     if unknown and missing:
         raise PlanError(
             f"the plan has a block {unknown[0]!r}, which the model does not have"

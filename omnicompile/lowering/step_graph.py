@@ -22,6 +22,7 @@ from omnicompile.passes.accumulate import accumulate_pass
 from omnicompile.passes.async_ulysses import schedule_exchanges_pass
 from omnicompile.passes.compute_weights import compute_weights_pass
 from omnicompile.passes.known_sizes import known_sizes_pass
+from omnicompile.passes.late_losses import late_losses_pass
 from omnicompile.passes.liveness import balanced_rows
 from omnicompile.passes.no_ops import no_ops_pass
 from omnicompile.passes.offload import offload_pass
@@ -111,6 +112,7 @@ def schedule_step(program: RankProgram) -> StepGraph:
     _audit(nodes, [i for i in trained if i not in used])
     _name_placeholders(gm, nodes)
     known_sizes_pass(gm)
+    late_losses_pass(gm)
     recomputed = sum(layer.again for layer in recompute_pass(gm, program.blocks))
     keeps = {name for name, block in program.blocks.items() if not block.reshard}
     freed = {n.name for n in nodes if n.name in program.params and n.meta.get("block") not in keeps}

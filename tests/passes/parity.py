@@ -77,7 +77,8 @@ def program_of(
     inputs |= {p: InputSpec(name, "input", 0) for p, name in captured.inputs.items()}
     for name in captured.host:
         shape = values[name].shape
-        inputs[name] = InputSpec(name, "host", len(shape) - 1 if shape and shape[-1] == tokens else None)
+        dim = len(shape) - 1 if shape and shape[-1] == tokens else None
+        inputs[name] = InputSpec(name, "host", dim, of_batch=captured.numbers.get(name, ""))
     return RankProgram(captured.gm, mesh, blocks, params, inputs)
 
 
