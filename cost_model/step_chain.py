@@ -78,6 +78,16 @@ def expert_exchange_bytes(op: OpNumbers, split: Split) -> float:
     return op.tokens / split.rows(False) * shape.top_k * shape.hidden * width_of(op)
 
 
+def expert_positions(ops: Sequence[OpNumbers]) -> list[int]:
+    """Of the products of experts."""
+    return [i for i, op in enumerate(ops) if op.op.kind is OpKind.GROUPED_GEMM and op.op.experts is not None]
+
+
+def is_free(op: OpNumbers) -> bool:
+    """Whether nothing but a parameter's gradient comes of it."""
+    return op.op.phase is Phase.BACKWARD and op.op.feeds == frozenset({"weight"})
+
+
 def _expert_exchange(op: OpNumbers, split: Split, groups: Groups, prices: Prices) -> Chain:
     assert op.op.experts is not None
     copies = op.op.experts.top_k if prices.stack.dedup_dispatch else 0
@@ -114,7 +124,7 @@ def op_chain(
     collectives of tensor and context parallelism. cuts, width: as in `tensor_parallel`."""
     pieces: list[Piece] = []
     around = exchanges(ops, cuts, seconds, split, groups, prices, width) if cuts else {}
-    experts = [i for i, op in enumerate(ops) if op.op.kind is OpKind.GROUPED_GEMM and op.op.experts is not None]
+    experts = expert_positions(ops)
     for i, op in enumerate(ops):
         compute = Piece("compute", seconds[i], kind)
         beside = around.get(i, Exchange())

@@ -15,6 +15,7 @@ from omnicompile.cost_model.step_chain import (
     Chain,
     attention_exchange_bytes,
     expert_exchange_bytes,
+    is_free,
     merge,
     width_of,
 )
@@ -49,8 +50,7 @@ class _Item:
 
     @property
     def free(self) -> bool:
-        """Whether nothing but a parameter's gradient comes of it."""
-        return self.op.op.phase is Phase.BACKWARD and self.op.op.feeds == frozenset({"weight"})
+        return is_free(self.op)
 
     @property
     def is_attention(self) -> bool:
@@ -88,7 +88,7 @@ def overlapped_chain(
         items = _early_first(_own_products(items, split, prices))
         items = _in_head_groups(items, split, prices, overlap.head_groups)
     if not groups.experts.trivial:
-        items = _in_chunks(items, groups.experts.size, overlap.expert_chunks)
+        items = _in_chunks(items, groups.experts.size, overlap.expert_chunks, prices)
     found = [*_around_attention(items, split, groups, prices), *_around_experts(items, split, groups, prices)]
     return _Emitter(items, kind, found).chain()
 
@@ -117,14 +117,17 @@ def _in_head_groups(items: list[_Item], split: Split, prices: Prices, groups: in
     return result
 
 
-def _in_chunks(items: list[_Item], ranks: int, chunks: int) -> list[_Item]:
-    """Experts, and what lies between their products, in chunks of neighbouring experts, one after the other."""
+def _in_chunks(items: list[_Item], ranks: int, chunks: int, prices: Prices) -> list[_Item]:
+    """Experts, and what lies between their products, in chunks of neighbouring experts, one after the other. None of
+    them takes less than a kernel does."""
     experts = [i for i, item in enumerate(items) if item.is_expert]
     if chunks == 1 or not experts or not _chunks_fit(items[experts[0]], ranks, chunks):
         return items
     first, last = experts[0], experts[-1]
     body = items[first : last + 1]
-    cut = [replace(item, seconds=item.seconds / chunks, part=i, parts=chunks) for i in range(chunks) for item in body]
+    least = prices.memory(1.0)
+    body = [replace(item, seconds=max(item.seconds / chunks, least if item.seconds else 0.0)) for item in body]
+    cut = [replace(item, part=i, parts=chunks) for i in range(chunks) for item in body]
     return [*items[:first], *cut, *items[last + 1 :]]
 
 

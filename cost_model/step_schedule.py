@@ -154,8 +154,8 @@ class _Builder:
         if unit.work.host_seconds:
             waits += (Dep("offload", 2),)
         body.issue("begin", Piece("compute", 0.0, "compute"), waits, alloc=unit.work.forward_peak)
-        chain, window = contend(unit.work.forward, self._gathers(unit), self._contention)
-        chain, window = (*_cast(unit.weights.cast), *chain), window + len(_cast(unit.weights.cast))
+        chain = _cast(unit.weights.cast) + unit.work.forward
+        chain, window = contend(chain, self._gathers(unit), self._contention)
         end = self._chain_tasks(body, chain, window, execution.following, gathers)
         kept = unit.work.saved + unit.work.host
         body.issue("end", Piece("compute", 0.0, "compute"), end, alloc=kept, free=_forward_free(execution))
@@ -204,11 +204,11 @@ class _Builder:
         body.issue("begin", Piece("compute", 0.0, "compute"), waits, alloc=peak)
         prefetched = following if following is not None and following.weights.regather else None
         beside = (weights.gather if weights.regather else ()) + self._reductions(unit)
-        chain, window = contend(work.backward, beside, self._contention)
-        first = _cast(weights.cast if weights.regather else 0.0) + renumbered(work.again, len(chain))
-        chain = first + chain + _cast(weights.gradient_cast)
+        again = renumbered(work.again, len(work.backward))
+        chain = _cast(weights.cast if weights.regather else 0.0) + again + work.backward + _cast(weights.gradient_cast)
+        chain, window = contend(chain, beside, self._contention)
         ahead = prefetched.weights.gather if prefetched is not None else ()
-        end = self._chain_tasks(body, chain, len(first) + window, prefetched, ahead)
+        end = self._chain_tasks(body, chain, window, prefetched, ahead)
         freed = peak + work.saved + work.host + weights.gathered
         kept = 0.0 if self._blocks[unit.block].weights.accumulates else weights.owned
         body.issue("end", Piece("compute", 0.0, "compute"), end, alloc=weights.reducing + kept, free=freed)

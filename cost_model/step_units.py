@@ -14,8 +14,10 @@ from omnicompile.cost_model.step_numbers import SegmentNumbers
 from omnicompile.cost_model.step_options import StepOptions
 from omnicompile.cost_model.step_overlap import overlapped_chain, overlaps
 from omnicompile.cost_model.step_price import Piece, Prices
+from omnicompile.cost_model.step_rows import joining, with_row_moves
 from omnicompile.plan import OURS, BlockPlan, Overlap
 from omnicompile.program import OpKind, Recompute, Segment
+from omnicompile.sharding import shard_dim
 
 UNFUSED_LOSS_TRAFFIC = 2.5
 """Bytes moved by such a loss relative to one kernel each way: cast, log-softmax, their backwards (30 to 12 a logit)."""
@@ -52,7 +54,8 @@ class UnitWeights:
     gather: all-gathers before use, again before the backward if `regather`. reduce: after the backward of every
     micro-step. once: reductions of the last micro-step of a step alone, beside the backward of other units; refresh:
     gathers of updated parameters, once a step, beside the forward. cast: seconds to bring master shards to compute
-    precision before they are gathered; gradient_cast: whole gradients to the precision in which they are reduced.
+    precision before they are gathered, and to put into place what is gathered in other pieces than rows; gradient_cast:
+    whole gradients to the precision in which they are reduced.
     Bytes on one GPU: gathered: whole parameters in compute precision (0 where they are resident); staged: besides,
     while they are gathered; gradients: whole ones before reduction, at each of the segment's backward points; reducing:
     the buffer being reduced; owned: gradients that the rank keeps.
@@ -129,6 +132,7 @@ def _chain(
     overlap: Overlap,
 ) -> Chain:
     ops, times = step_chain.pick(indices, numbers, seconds)
+    times = with_row_moves(ops, times, split, groups, prices, overlap.expert_chunks)
     if overlap.exchanges and overlaps(ops, split, groups):
         chain = overlapped_chain(ops, times, split, groups, prices, kind, overlap)
     elif split.tensor == 1:
@@ -157,6 +161,9 @@ def _again(
     kept = step_chain.kept_attention(numbers, policy)
     times = [0.0 if i in kept else time for i, time in enumerate(seconds)]
     chain = _chain(numbers, sorted(again | kept.keys()), times, split, groups, prices, "recompute", options.overlap)
+    if policy is Recompute.SELECTIVE:  # results of experts are kept as they arrive
+        joined = joining(numbers.ops, split, groups, prices, options.overlap.expert_chunks)
+        chain = step_chain.merge((*chain, Piece("compute", joined, "recompute"))) if joined else chain
     if stack.recompute_share < 1:
         chain = tuple(replace(p, seconds=p.seconds * stack.recompute_share) for p in chain)
     if not stack.recompute_attention:
@@ -179,12 +186,15 @@ def unit_weights(
         gather, refresh, reduce, once = (), (*gather, *refresh), (), (*reduce, *once)
     # Other stacks keep a copy of whole parameters in compute precision, and add gradients up where they are reduced.
     casts = not groups.resident or options.stack == OURS
+    placed = _placing(segment, groups, options, prices) if options.stack == OURS else 0.0
     reducing = _passing(segment, groups, options.param_bytes, options.reduce_bytes, trained=True)
     return UnitWeights(
         gather=gather,
         regather=plan.reshard and gradient.any,
         reduce=reduce,
-        cast=_casts(segment, groups, options.master_bytes, options.param_bytes, True, prices) if casts else 0.0,
+        cast=_casts(segment, groups, options.master_bytes, options.param_bytes, True, prices) + placed
+        if casts
+        else 0.0,
         gradient_cast=_casts(segment, groups, options.param_bytes, options.reduce_bytes, False, prices)
         if casts and gradient.weight
         else 0.0,
@@ -341,6 +351,20 @@ def _casts(segment: Segment, groups: Groups, before: int, after: int, shards: bo
         if shards:
             numel /= (groups.expert_shard if param.expert else groups.shard).size
         seconds += prices.memory(numel * (before + after))
+    return seconds
+
+
+def _placing(segment: Segment, groups: Groups, options: StepOptions, prices: Prices) -> float:
+    """Seconds to copy gathered parameters whose pieces do not follow each other in memory. Their gradients are laid out
+    for the reduction as they are cast to its precision."""
+    if groups.resident:
+        return 0.0
+    seconds = 0.0
+    for param in segment.params:
+        owners, shard = (groups.experts.size, groups.expert_shard) if param.expert else (1, groups.shard)
+        shape = (param.shape[0] // owners, *param.shape[1:]) if param.shape else ()
+        if shard_dim(shape, shard.size):
+            seconds += prices.memory(2 * options.param_bytes * param.numel / owners)
     return seconds
 
 

@@ -143,13 +143,14 @@ class _Demand:
         return [*self.done, output]
 
     def _hold_back_recompute(self) -> None:
-        """What is run again reads early values: it stays behind what the backward did before it for exchanges."""
+        """What is run again reads early values: it stays behind what the backward did before it for exchanges, but not
+        behind the mere arrival of one."""
         before: dict[fx.Node, None] = {}
         for node in self.nodes:
             if node.meta.get("phase") == RECOMPUTE:
                 if not any(source.meta.get("phase") == RECOMPUTE for source in node.all_input_nodes):
                     self.extra.setdefault(node, []).extend(before)
-            elif node in self.leads and not is_forward(node):
+            elif node in self.leads and not is_exchange_wait(node) and not is_forward(node):
                 for source in node.all_input_nodes:
                     before.pop(source, None)
                 before[node] = None

@@ -24,13 +24,15 @@ def chunk_experts_pass(program: RankProgram, plan: Plan | None = None) -> RankPr
     Before: `rows, order, counts, ... = dispatch(x, index, E, ep, group); y = grouped_mm(rows, w, counts); ...;
     o = combine(y, order, p, ..., group)`.
     After: `order, a, b = chunked_dispatch(x, index, E, ep, 2, group); w0, w1 = split(w); y0 = grouped_mm(a.rows, w0,
-    a.counts); ...; y1 = grouped_mm(b.rows, w1, b.counts); ...; o = chunked_combine(order, p, group, (y0, ...),
-    (y1, ...))`.
+    a.counts); ...; r0 = as_arrived(y0, a.sorting); y1 = grouped_mm(b.rows, w1, b.counts); ...; r1 = as_arrived(y1,
+    b.sorting); o = chunked_combine(order, p, group, (r0, ...), (r1, ...))`.
 
     - Rows are sorted by chunk, rank and expert, so that each chunk's are exchanged alone; numbers of rows are
       exchanged, and brought to the host, once for all chunks. Weights are cut in views, and a product has as many rows
       an expert as without chunks. The schedule of exchanges launches all dispatches at once and each combine behind
       its products.
+    - A chunk's results go back into the order of their arrival right behind its products, so that in the backward too
+      a chunk is not kept waiting by what arrives for the others.
     - Results come back into one tensor before they are weighted and summed, so no order of summation changes.
 
     Safe: what lies between works row by row, on rows that all belong to experts of one chunk. A layer in which
@@ -98,9 +100,10 @@ class _Layer:
         returned = []
         for number, part in enumerate(parts):
             with self.graph.inserting_before(self.combine):
-                result = self._copy(number, part)
-                rest = [self._item(part, i, self.dispatch) for i in (2, 3, 4)]
-            returned.append((result, *rest))
+                result, sorting = self._copy(number, part), self._item(part, 2, self.dispatch)
+                arrived = self._call(expert_ops.as_arrived, (result, sorting), self.combine)
+                rest = [self._item(part, i, self.dispatch) for i in (3, 4)]
+            returned.append((arrived, *rest))
         with self.graph.inserting_before(self.combine):
             weight = self.combine.args[2]
             whole = self._call(expert_ops.chunked_combine, (order, weight, group, *returned), self.combine)

@@ -64,13 +64,31 @@ def _inverse(order: Tensor) -> Tensor:
     return torch.argsort(order)
 
 
+def _by_expert(arrived: Tensor, counts: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Rows that arrived from `ranks` ranks, those of each by expert, sorted by expert, and the order that did it: none
+    where there is one expert. counts [ranks, experts]: of rows."""
+    ranks, experts = counts.shape
+    if experts == 1:
+        return arrived, None
+    expert = torch.arange(experts, device=arrived.device).repeat(ranks)
+    by_row = torch.repeat_interleave(expert, counts.reshape(-1), output_size=arrived.shape[0])
+    order = torch.argsort(by_row, stable=True)
+    return _Permute.apply(arrived, order, _inverse(order)), order
+
+
+def as_arrived(rows: Tensor, order: Tensor | None) -> Tensor:
+    """Rows sorted by expert in the order in which they arrived."""
+    return rows if order is None else _Permute.apply(rows, _inverse(order), order)
+
+
 def dispatch(
     x: Tensor, index: Tensor, experts: int, ranks: int, group: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, list[int], list[int]]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, list[int], list[int]]:
     """Tokens [tokens, hidden] with chosen experts [tokens, top_k] -> rows of this rank's experts, sorted by expert.
 
     Returns rows [received, hidden], order [tokens * top_k] (as expert_dispatch), counts [experts / ranks], the order in
-    which arrived rows were sorted, and the numbers of rows sent to and received from each rank.
+    which arrived rows were sorted (none where a rank holds one expert), and the numbers of rows sent to and received
+    from each rank.
     """
     rows, order, counts = torch.ops.omnicompile.expert_dispatch(x, index, experts)
     mine = experts // ranks
@@ -80,25 +98,27 @@ def dispatch(
     for size in [*sent, *received]:
         torch._check(size >= 0)
     arrived = _Exchange.apply(rows, received, sent, group)
-    expert = torch.arange(mine, device=x.device).repeat(ranks)
-    by_row = torch.repeat_interleave(expert, arriving, output_size=arrived.shape[0])
-    sorting = torch.argsort(by_row, stable=True)
-    sorted_rows = _Permute.apply(arrived, sorting, _inverse(sorting))
+    sorted_rows, sorting = _by_expert(arrived, arriving.view(ranks, mine))
     return sorted_rows, order, arriving.view(ranks, mine).sum(0), sorting, sent, received
 
 
 def combine(
-    rows: Tensor, order: Tensor, weight: Tensor, sorting: Tensor, sent: list[int], received: list[int], group: str
+    rows: Tensor,
+    order: Tensor,
+    weight: Tensor,
+    sorting: Tensor | None,
+    sent: list[int],
+    received: list[int],
+    group: str,
 ) -> Tensor:
     """Results of this rank's experts [received, hidden] back to their tokens -> [tokens, hidden]."""
-    unsorted = _Permute.apply(rows, _inverse(sorting), sorting)
-    home = _Exchange.apply(unsorted, sent, received, group)
+    home = _Exchange.apply(as_arrived(rows, sorting), sent, received, group)
     return torch.ops.omnicompile.expert_combine(home, order, weight)
 
 
-Part = tuple[Tensor, Tensor, Tensor, list[int], list[int]]
+Part = tuple[Tensor, Tensor, Tensor | None, list[int], list[int]]
 """Rows of a chunk's experts [received, hidden], counts [experts of the chunk], the order in which arrived rows were
-sorted, and the numbers of rows sent to and received from each rank."""
+sorted (none where the chunk is one expert), and the numbers of rows sent to and received from each rank."""
 
 
 def chunked_dispatch(
@@ -120,26 +140,18 @@ def chunked_dispatch(
         torch._check(size >= 0)
     by_rank = [sizes[i : i + ranks] for i in range(0, len(sizes), ranks)]
     sent, received = by_rank[:chunks], by_rank[chunks:]
-    expert = torch.arange(part, device=x.device).repeat(ranks)
     parts: list[Part] = []
     for number, own in enumerate(_Cut.apply(rows, [sum(to) for to in sent])):
         arrived = _Exchange.apply(own, received[number], sent[number], group)
         here = arriving[number]
-        by_row = torch.repeat_interleave(expert, here.reshape(-1), output_size=arrived.shape[0])
-        sorting = torch.argsort(by_row, stable=True)
-        sorted_rows = _Permute.apply(arrived, sorting, _inverse(sorting))
+        sorted_rows, sorting = _by_expert(arrived, here)
         parts.append((sorted_rows, here.sum(0), sorting, sent[number], received[number]))
     return order, *parts
 
 
-def chunked_combine(
-    order: Tensor, weight: Tensor, group: str, *parts: tuple[Tensor, Tensor, list[int], list[int]]
-) -> Tensor:
-    """`combine` of results in parts (results, order in which rows were sorted, sent, received)."""
-    home = []
-    for rows, sorting, sent, received in parts:
-        unsorted = _Permute.apply(rows, _inverse(sorting), sorting)
-        home.append(_Exchange.apply(unsorted, sent, received, group))
+def chunked_combine(order: Tensor, weight: Tensor, group: str, *parts: tuple[Tensor, list[int], list[int]]) -> Tensor:
+    """`combine` of results in parts (results as rows arrived, sent, received)."""
+    home = [_Exchange.apply(rows, sent, received, group) for rows, sent, received in parts]
     return torch.ops.omnicompile.expert_combine(torch.cat(home), order, weight)
 
 

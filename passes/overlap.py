@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from omnicompile.capture.classify import ATTENTION, GROUPED, MATMULS, is_free, is_fusible
-from omnicompile.passes.liveness import Rows, balanced_rows, elements, storages_bytes, tensor_bytes
+from omnicompile.passes.liveness import Rows, balanced_rows, elements, launch_of, storages_bytes, tensor_bytes
 from omnicompile.passes.segments import is_forward, layer_of
 
 PARAM_GATHER = "param_gather"
@@ -54,9 +54,20 @@ class _Unit:
     launches: list[fx.Node] = field(default_factory=list)
 
 
-def overlap_pass(gm: fx.GraphModule, gradients: Sequence[str], prefetch: int = 1) -> Overlapped:
+def one_channel(collective: fx.Node) -> str:
+    """Where nothing is known of the links that collectives run on."""
+    return ""
+
+
+def overlap_pass(
+    gm: fx.GraphModule,
+    gradients: Sequence[str],
+    prefetch: int = 1,
+    channel: Callable[[fx.Node], str] = one_channel,
+) -> Overlapped:
     """Reorder a step graph in place. gradients: placeholders of the parameters whose gradients follow the loss in the
-    output. prefetch: units ahead of use at which parameters are gathered.
+    output. prefetch: units ahead of use at which parameters are gathered. channel: of a collective; those of one
+    channel run one after the other.
 
     Before (layers 1 and 2, two parameters each):
         a1, b1 = wait(gather(p1)), wait(gather(q1)); y = f(x, a1, b1); a2, b2 = ...; z = f(y, a2, b2)
@@ -66,9 +77,10 @@ def overlap_pass(gm: fx.GraphModule, gradients: Sequence[str], prefetch: int = 1
         dy, da2 = df(z, a2, b2); G2 = scatter(da2, ...); dx, da1 = df(y, a1, b1); ga2 = wait(G2); G1 = scatter(da1, ...)
 
     - The gather of a unit is launched while the unit `prefetch` before it computes, before the longest stretch of
-      compute between other collectives of that unit (all-to-alls around attention or experts), so as not to stand in
-      their way. It is waited for before the unit's first use, or before the element-wise work that leads to it, so as
-      not to cut a kernel. At most `prefetch` + 1 units' parameters are whole at a time.
+      compute between that unit's collectives on the same channel (all-to-alls around attention or experts), so as not
+      to stand in their way; at its beginning where there are none. It is waited for before the unit's first use, or
+      before the element-wise work that leads to it, so as not to cut a kernel. At most `prefetch` + 1 units' parameters
+      are whole at a time.
     - The gradients of a unit are cast to the dtype they are reduced in, and scattered, when the last of them is there
       (and the kernel that it comes of has ended); they are waited for when a later unit's need the room, or at the end.
       A gradient that was ready to be computed more than a unit earlier is computed then: that of an embedding,
@@ -79,7 +91,7 @@ def overlap_pass(gm: fx.GraphModule, gradients: Sequence[str], prefetch: int = 1
     Safe: gathers depend only on placeholders, which a step graph does not write; scattered gradients are read by
     nothing but the output; all ranks run the same graph. Runs after the backward has its own gathers.
     """
-    return _Overlap(gm, gradients, prefetch).run()
+    return _Overlap(gm, gradients, prefetch, channel).run()
 
 
 def last_unit(gm: fx.GraphModule) -> set[str]:
@@ -122,8 +134,10 @@ def inputs_chain(node: fx.Node) -> list[fx.Node]:
 class _Overlap:
     """places: where moved nodes go: index of the node that they stand before or after, then order there."""
 
-    def __init__(self, gm: fx.GraphModule, gradients: Sequence[str], prefetch: int) -> None:
-        self.prefetch = prefetch
+    def __init__(
+        self, gm: fx.GraphModule, gradients: Sequence[str], prefetch: int, channel: Callable[[fx.Node], str]
+    ) -> None:
+        self.prefetch, self.channel = prefetch, channel
         self.gm, self.graph, self.gradients = gm, gm.graph, gradients
         self.index = _indices(gm.graph)
         self.nodes = list(gm.graph.nodes)
@@ -158,7 +172,7 @@ class _Overlap:
         anchor = unit.place
         if ahead:
             end = ahead[1].place if len(ahead) > 1 else unit.place
-            anchor = self._window(ahead[0].place, end)
+            anchor = self._window(ahead[0].place, end, {self.channel(node) for node in unit.launches})
         order = -1 if anchor < unit.place else -3  # waits stand at -2
         for node in unit.launches:
             self._own_inputs(node)
@@ -202,13 +216,13 @@ class _Overlap:
             not is_fusible(node) or getattr(node.target, "namespace", "") not in ("aten", "prims")
         )
 
-    def _window(self, start: int, end: int) -> int:
-        """Where in a unit the next one's gathers are launched: before the stretch between collectives that computes
-        longest."""
+    def _window(self, start: int, end: int, channels: set[str]) -> int:
+        """Where in a unit the next one's gathers are launched: before the stretch between collectives on their
+        `channels` that computes longest."""
         best, most, work, at = start, -1.0, 0.0, start
         for i in range(start, end + 1):
             node = self.nodes[i]
-            waits = node.target is _WAIT and node not in self.own_waits
+            waits = node.target is _WAIT and node not in self.own_waits and self.channel(launch_of(node)) in channels
             if waits or i == end:
                 if work > most:
                     best, most = at, work

@@ -11,6 +11,7 @@ from omnicompile.errors import LoweringError
 from omnicompile.passes import collectives
 from omnicompile.passes.rank_program import DATA_AXES, ParamSpec, RankProgram, ShardSpec, axis_size
 from omnicompile.plan import Plan, Sharding
+from omnicompile.sharding import shard_dim
 
 _WITHIN = "dp_shard,sp"
 _EXPERT_REST = {Sharding.FSDP: "dp_replicate,ep_rest", Sharding.HSDP: "ep_rest"}
@@ -24,7 +25,8 @@ def shard_parameters_pass(program: RankProgram, plan: Plan | None = None) -> Ran
     reduce-scatter over the same ranks: every rank's gradient of the whole parameter is Partial over all data ranks, as
     every rank sees its own tokens. HSDP shards over dp_shard x sp and leaves the sum over dp_replicate to the runtime
     (`reduce_axes`), to be done on the last micro-step. Whole parameters leave the sum over all data ranks to it. A
-    tied parameter is stored once and gathered for each use. Frozen parameters are gathered alike; no gradient flows.
+    rank's own experts are stored in pieces like anything else, along the dimension that `shard_dim` says. A tied
+    parameter is stored once and gathered for each use. Frozen parameters are gathered alike; no gradient flows.
     """
     gathers = 0
     for node in list(program.gm.graph.find_nodes(op="placeholder")):
@@ -68,11 +70,12 @@ def _planned(spec: ParamSpec, sharding: Sharding, program: RankProgram) -> Param
     """Where the parameter is stored in pieces and what is left to reduce."""
     expert = bool(spec.shards)
     everyone = "dp_replicate,ep_rest" if expert else DATA_AXES
-    dim = 1 if expert else 0
     axes = (_EXPERT_REST if expert else _REST).get(sharding)
-    if axes is None or len(spec.shape) <= dim:
+    if axes is None or not spec.shape:
         return replace(spec, reduce_axes=_nontrivial(program, everyone))
-    shards = spec.shards if axis_size(program.mesh, axes) == 1 else (*spec.shards, ShardSpec(axes, dim))
+    ranks = axis_size(program.mesh, axes)
+    piece = ShardSpec(axes, shard_dim(spec.local_shape(program.mesh), ranks))
+    shards = spec.shards if ranks == 1 else (*spec.shards, piece)
     left = _nontrivial(program, "dp_replicate") if sharding is Sharding.HSDP else ()
     return replace(spec, shards=shards, reduce_axes=left)
 
@@ -87,7 +90,7 @@ def _nontrivial(program: RankProgram, axes: str) -> tuple[str, ...]:
 def _gather(program: RankProgram, node: fx.Node, user: fx.Node, shard: ShardSpec, dtype: torch.dtype) -> None:
     graph, spec = program.gm.graph, program.params[node.name]
     ranks = axis_size(program.mesh, shard.axes)
-    size = spec.shape[shard.dim]
+    size = replace(spec, shards=spec.shards[:-1]).local_shape(program.mesh)[shard.dim]
     args = (node, shard.dim, size, dtype, program.reduce_dtype, ranks, program.group(shard.axes))
     with graph.inserting_before(user):
         whole = graph.call_function(collectives.gather_param, args)

@@ -118,11 +118,11 @@ def schedule_step(program: RankProgram) -> StepGraph:
     freed = {n.name for n in nodes if n.name in program.params and n.meta.get("block") not in keeps}
     gathers = gather_again(gm, freed - last_unit(gm))
     gradients = tuple(nodes[i].name for i in used)
+    cluster = program.cluster or Cluster(gpus=program.mesh.world, gpus_per_node=program.mesh.world)
+    clock = ExchangeClock.of(program.mesh, cluster, balanced_rows(gm.graph), program.bound)
     if program.overlap.exchanges:
-        cluster = program.cluster or Cluster(gpus=program.mesh.world, gpus_per_node=program.mesh.world)
-        clock = ExchangeClock.of(program.mesh, cluster, balanced_rows(gm.graph), program.bound)
         schedule_exchanges_pass(gm, gradients, clock)
-    overlap_pass(gm, gradients, program.overlap.prefetch)
+    overlap_pass(gm, gradients, program.overlap.prefetch, lambda node: clock.exchange_seconds(node)[0])
     no_ops_pass(gm)
     return StepGraph(gm, gradients, gathers, recomputed)
 

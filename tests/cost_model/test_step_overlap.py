@@ -17,13 +17,16 @@ import synthetic
 from omnicompile.cluster import Cluster
 from omnicompile.cost_model import timeline
 from omnicompile.cost_model.step_chain import Chain, merge
+from omnicompile.cost_model.step_layout import block_groups, block_split
 from omnicompile.cost_model.step_model import StepModel
+from omnicompile.cost_model.step_numbers import ProgramNumbers
 from omnicompile.cost_model.step_overlap import check_chain, makespan, renumbered
-from omnicompile.cost_model.step_price import Piece
+from omnicompile.cost_model.step_price import Piece, Prices
+from omnicompile.cost_model.step_rows import SORT_KERNELS, with_row_moves
 from omnicompile.cost_model.step_schedule import build_step
 from omnicompile.cost_model.step_units import UnitWork
 from omnicompile.plan import BlockPlan, Layout, LossHead, Mesh, Overlap, Plan
-from omnicompile.program import Program, Recompute, Sym
+from omnicompile.program import Phase, Program, Recompute, Sym
 from omnicompile.workload import Workload
 
 CLUSTER = Cluster(16)
@@ -165,3 +168,39 @@ def test_merging_changes_no_time_and_chains_add_up(
     both = (*one, *renumbered(two, len(one) + 1))
     check_chain(both)
     assert makespan(both) == pytest.approx(makespan(one) + makespan(two))
+
+
+@pytest.mark.parametrize(
+    "mesh, chunks, moves",
+    [
+        (Mesh(dp_shard=4, sp=4), 1, 0),
+        (Mesh(dp_shard=4, sp=4, ep=8), 1, 2),
+        (Mesh(dp_shard=4, sp=4, ep=8), 4, 3),
+        (Mesh(dp_shard=32, sp=4, ep=128), 1, 0),
+    ],
+)
+@pytest.mark.parametrize("phase", list(Phase))
+def test_rows_of_experts_are_moved_where_they_arrive(mesh: Mesh, chunks: int, moves: int, phase: Phase) -> None:
+    """There and back, and once more to put chunks together; not where a rank holds one expert."""
+    program, model = synthetic.moe_lm(), StepModel(synthetic.moe_lm(), CLUSTER)
+    prices = Prices(model.hardware)
+    block = make_plan(program, mesh, Overlap()).blocks["text"]
+    ops = [op for op in ProgramNumbers(program).at(1).segments["text.layers"].ops if op.op.phase is phase]
+    split, groups = block_split(block, mesh, 0), block_groups(mesh, block, 8)
+    times = with_row_moves(ops, [0.0] * len(ops), split, groups, prices, chunks)
+    move = prices.memory(2 * program.sample.seq_len * 8 * 2048 * 2 / mesh.sp)  # rows of 8 experts a token
+    finding = chunks * SORT_KERNELS * prices.memory(1.0) if phase is Phase.FORWARD and moves else 0.0
+    assert sum(times) == pytest.approx(moves * move + finding)
+    experts = [i for i, op in enumerate(ops) if op.op.experts is not None]
+    assert all(time == 0 for time in times[: experts[0]])
+
+
+def test_experts_in_pieces_of_matrices_are_put_into_place() -> None:
+    """128 experts on 32 ranks lie together in memory; on 256, pieces of each are stored by two."""
+    program = synthetic.moe_lm()
+    weights = {}
+    for ranks in (32, 256):
+        plan = make_plan(program, Mesh(dp_shard=ranks), Overlap())
+        weights[ranks] = StepModel(program, Cluster(ranks)).plan_blocks(plan)["text"].weights.units["text.layers"]
+    expert = 128 * 3 * 2048 * 768 * 2  # bytes in compute precision
+    assert weights[256].cast > Prices(StepModel(program, CLUSTER).hardware).memory(2 * expert) > weights[32].cast

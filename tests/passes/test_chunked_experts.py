@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import fx
+import torch.distributed as dist
+from torch import Tensor, fx
 
 from omnicompile.errors import LoweringError
 from omnicompile.lowering.step_graph import trace_step
@@ -15,6 +16,7 @@ from omnicompile.passes.liveness import peak_bytes
 from omnicompile.passes.simulate import bound_to_fake_groups
 from omnicompile.plan import Mesh, Overlap
 from omnicompile.recompute import Recompute
+from omnicompile.torch_compat import local_ranks_mode, on_each_rank, ranked, start_fake_group
 
 from .steps import lowered
 from .test_async_ulysses import results
@@ -81,3 +83,37 @@ def test_chunks_take_no_more_memory() -> None:
         program = lower_forward(replace(original, overlap=Overlap(expert_chunks=chunks)))
         peaks.append(peak_bytes(trace_step(bound_to_fake_groups(program)).gm, in_flight=True).total)
     assert peaks[1] <= 1.03 * peaks[0]
+
+
+def through_experts(x: Tensor, index: Tensor, weight: Tensor, own: Tensor, experts: int, chunks: int) -> Tensor:
+    """As the passes write it, over 2 ranks. own: matrices of a rank's experts."""
+    group, grouped_mm = dist.group.WORLD.group_name, torch.ops.omnicompile.grouped_mm
+    if chunks == 1:
+        rows, order, counts, *rest = expert_ops.dispatch(x, index, experts, 2, group)
+        return expert_ops.combine(grouped_mm(rows, own, counts, False), order, weight, *rest, group)
+    order, *parts = expert_ops.chunked_dispatch(x, index, experts, 2, chunks, group)
+    returned = [
+        (expert_ops.as_arrived(grouped_mm(rows, piece, counts, False), sorting), sent, received)
+        for (rows, counts, sorting, sent, received), piece in zip(parts, own.chunk(chunks))
+    ]
+    return expert_ops.chunked_combine(order, weight, group, *returned)
+
+
+@pytest.mark.parametrize("experts, chunks", [(2, 1), (4, 1), (8, 1), (4, 2), (8, 2), (8, 4)])
+def test_rows_visit_their_experts_and_return(experts: int, chunks: int) -> None:
+    torch.manual_seed(experts * chunks)
+    start_fake_group(2)
+    xs = [torch.randn(12, 4, requires_grad=True) for _ in range(2)]
+    indices = [torch.rand(12, experts).topk(2).indices for _ in range(2)]
+    weights = [torch.rand(12, 2) for _ in range(2)]
+    scale = torch.arange(1.0, experts + 1)
+    matrices = list((scale[:, None, None] * torch.eye(4)).chunk(2))
+    with local_ranks_mode(2):
+        x = ranked([value.detach().clone() for value in xs]).requires_grad_()
+        out = through_experts(x, ranked(indices), ranked(weights), ranked(matrices), experts, chunks)
+        out.sum().backward()
+    for value, index, weight, got, grad in zip(xs, indices, weights, on_each_rank(out), on_each_rank(x.grad)):
+        want = value * (weight * scale[index]).sum(1, keepdim=True)
+        want.sum().backward()
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(grad, value.grad)

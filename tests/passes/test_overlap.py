@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import operator
+from functools import partial
 
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from omnicompile.passes.overlap import last_unit, overlap_pass
+from omnicompile.passes.overlap import last_unit, one_channel, overlap_pass
 from omnicompile.passes.segments import FORWARD
 from omnicompile.torch_compat import new_fake_mode
 
@@ -18,15 +19,18 @@ SHORT = {
     _c10d.all_gather_into_tensor_coalesced.default: "gather together",
     _c10d.reduce_scatter_tensor.default: "scatter",
     _c10d.reduce_scatter_tensor_coalesced.default: "scatter together",
+    _c10d.all_to_all_single.default: "exchange",
     _c10d.wait_tensor.default: "wait",
     torch.ops.aten.mm.default: "mm",
     torch.ops.aten._to_copy.default: "cast",
 }
 LAYERS = 3
+KINDS = ("gather", "scatter", "all_to_all")
 
 
-def step(x: Tensor, *shards: Tensor) -> tuple[Tensor, ...]:
-    """Layers of two products each, y = x @ a @ b, and a backward that gathers again but for the last layer."""
+def step(x: Tensor, *shards: Tensor, exchanges: bool = False) -> tuple[Tensor, ...]:
+    """Layers of two products each, y = x @ a @ b, and a backward that gathers again but for the last layer. exchanges:
+    of x, in the forward, before the products."""
 
     def gather(shard: Tensor) -> Tensor:
         return _c10d.wait_tensor(_c10d.all_gather_into_tensor(shard, 2, "g"))
@@ -37,6 +41,8 @@ def step(x: Tensor, *shards: Tensor) -> tuple[Tensor, ...]:
     seen, whole = [], []
     for a, b in zip(shards[::2], shards[1::2]):
         whole = [gather(a)]
+        if exchanges:
+            x = _c10d.wait_tensor(_c10d.all_to_all_single(x, [4, 4], [4, 4], "e"))
         middle = x @ whole[0]
         whole.append(gather(b))
         seen.append((x, middle))
@@ -55,12 +61,12 @@ def step(x: Tensor, *shards: Tensor) -> tuple[Tensor, ...]:
     return (loss, *grads, dy)
 
 
-def traced() -> fx.GraphModule:
+def traced(exchanges: bool = False) -> fx.GraphModule:
     mode = new_fake_mode()
     with mode:
         arguments = [torch.empty(8, 8), *(torch.empty(4, 8) for _ in range(2 * LAYERS))]
     with mode:
-        gm = make_fx(step)(*arguments)
+        gm = make_fx(partial(step, exchanges=exchanges))(*arguments)
     names = [node.name for node in gm.graph.find_nodes(op="placeholder")][1:]
     turned = False
     for node in gm.graph.nodes:
@@ -82,7 +88,7 @@ def written(gm: fx.GraphModule) -> list[str]:
         source = node.all_input_nodes[0] if node.all_input_nodes else None
         if text == "wait":
             launch = source.args[0] if source.target is operator.getitem else source
-            text = "wait for a " + ("gather" if "gather" in str(launch.target) else "scatter")
+            text = f"wait for a {next(kind for kind in KINDS if kind in str(launch.target))}"
         if text and not (text.startswith("wait") and lines and lines[-1] == text):
             lines.append(text)
     return lines
@@ -128,3 +134,19 @@ def test_two_layers_ahead() -> None:
         "gather together", "mm", "mm", "wait for a gather",
         "gather together", "mm", "mm",
     ]  # fmt: skip
+
+
+def test_gathers_go_before_exchanges_that_use_other_links() -> None:
+    """Where they share the links an exchange, which something waits for, goes first."""
+    orders = []
+    for channel in (one_channel, lambda node: str(node.args[-1])):
+        gm = traced(exchanges=True)
+        placeholders = [node.name for node in gm.graph.find_nodes(op="placeholder")][1:]
+        overlap_pass(gm, placeholders, channel=channel)
+        lines = written(gm)
+        start = lines.index("mm") + 2  # where the second layer begins
+        orders.append(lines[start : start + 6])
+    assert orders == [
+        ["wait for a gather", "exchange", "wait for a all_to_all", "gather together", "mm", "mm"],
+        ["wait for a gather", "gather together", "exchange", "wait for a all_to_all", "mm", "mm"],
+    ]
