@@ -7,10 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from omnicompile.passes.rank_program import ParamSpec, ShardSpec
+from omnicompile.passes.rank_program import ParamSpec, ShardSpec, axis_size
 from omnicompile.plan import Mesh
 from omnicompile.runtime.mesh import RuntimeMesh
 from omnicompile.runtime.parameters import ParameterStore
+from omnicompile.sharding import shard_dim
 
 EVERYONE = "dp_replicate,dp_shard,sp"
 
@@ -20,12 +21,14 @@ class NoWatch:
 
 
 def specs_of(model: nn.Module, mesh: Mesh) -> dict[str, ParamSpec]:
-    """As the passes shard it: experts over ep and along dim 1, all else along dim 0. Every third one is replicated."""
+    """As the passes shard it: experts over ep and its rest along `shard_dim`, all else along dim 0. Every third one is
+    replicated."""
     specs = {}
     for number, (name, value) in enumerate(model.named_parameters()):
         shards = (ShardSpec(EVERYONE, 0),)
         if mesh.ep > 1 and "experts" in name:
-            shards = (ShardSpec("ep", 0), ShardSpec("ep_rest", 1))
+            own = (value.shape[0] // mesh.ep, *value.shape[1:])
+            shards = (ShardSpec("ep", 0), ShardSpec("ep_rest", shard_dim(own, axis_size(mesh, "ep_rest"))))
         elif number % 3 == 2:
             shards = ()
         specs[name] = ParamSpec(name, tuple(value.shape), True, torch.float32, shards)

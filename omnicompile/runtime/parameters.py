@@ -110,12 +110,8 @@ class ParameterStore:
 
     def _unpadded(self, spec: ParamSpec, local: Tensor) -> Tensor:
         """DTensor keeps no padding: the last ranks of an uneven dimension hold less."""
-        sizes = list(spec.shape)
-        for shard in spec.shards:
-            chunk = -(-sizes[shard.dim] // self.mesh.size(shard.axes))
-            kept = max(0, min(chunk, sizes[shard.dim] - self.mesh.coordinate(shard.axes) * chunk))
-            local = local.narrow(shard.dim, 0, kept)
-            sizes[shard.dim] = chunk
+        for dim, part in enumerate(self.part_of(spec.name)):
+            local = local.narrow(dim, 0, part.stop - part.start)
         return local
 
     def load_one(self, name: str, value: Tensor) -> None:
