@@ -252,11 +252,12 @@ class _Overlap:
 
     def _ready(self, node: fx.Node, numbers: Mapping[fx.Node, int]) -> int:
         """Where a scatter can stand: where it does or, if what leads to nothing else could be computed before the
-        gradients of another unit or more, there. numbers: of the units."""
+        gradients of another unit or more, there. A parameter that it reads comes when it is gathered. numbers: of the
+        units."""
         own, outside, stack = {node}, set[fx.Node](), [node]
         while stack:
             for source in stack.pop().all_input_nodes:
-                if source.op == "call_function" and all(user in own for user in source.users):
+                if source.op == "call_function" and source not in self.moving and all(u in own for u in source.users):
                     own.add(source)
                     stack.append(source)
                 else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -61,12 +62,12 @@ def step(x: Tensor, *shards: Tensor, exchanges: bool = False) -> tuple[Tensor, .
     return (loss, *grads, dy)
 
 
-def traced(exchanges: bool = False) -> fx.GraphModule:
+def traced(function: Callable[..., tuple[Tensor, ...]] = step, shards: int = 2 * LAYERS) -> fx.GraphModule:
     mode = new_fake_mode()
     with mode:
-        arguments = [torch.empty(8, 8), *(torch.empty(4, 8) for _ in range(2 * LAYERS))]
+        arguments = [torch.empty(8, 8), *(torch.empty(4, 8) for _ in range(shards))]
     with mode:
-        gm = make_fx(partial(step, exchanges=exchanges))(*arguments)
+        gm = make_fx(function)(*arguments)
     names = [node.name for node in gm.graph.find_nodes(op="placeholder")][1:]
     turned = False
     for node in gm.graph.nodes:
@@ -140,7 +141,7 @@ def test_gathers_go_before_exchanges_that_use_other_links() -> None:
     """Where they share the links an exchange, which something waits for, goes first."""
     orders = []
     for channel in (one_channel, lambda node: str(node.args[-1])):
-        gm = traced(exchanges=True)
+        gm = traced(partial(step, exchanges=True))
         placeholders = [node.name for node in gm.graph.find_nodes(op="placeholder")][1:]
         overlap_pass(gm, placeholders, channel=channel)
         lines = written(gm)
@@ -150,3 +151,23 @@ def test_gathers_go_before_exchanges_that_use_other_links() -> None:
         ["wait for a gather", "exchange", "wait for a all_to_all", "gather together", "mm", "mm"],
         ["wait for a gather", "gather together", "exchange", "wait for a all_to_all", "mm", "mm"],
     ]
+
+
+def late_step(x: Tensor, *shards: Tensor) -> tuple[Tensor, ...]:
+    """`step` and one more parameter, whose gradient is computed last, of the input and of the parameter itself."""
+    *others, own = shards
+    whole = _c10d.wait_tensor(_c10d.all_gather_into_tensor(own, 2, "g"))
+    loss, *grads, dy = step(x * whole, *others)
+    again = _c10d.wait_tensor(_c10d.all_gather_into_tensor(own, 2, "g"))
+    grad = (x * again.t()).double()
+    return (loss, *grads, _c10d.wait_tensor(_c10d.reduce_scatter_tensor(grad, "sum", 2, "g")), dy)
+
+
+def test_a_gradient_that_reads_its_parameter_stays_behind_the_gather() -> None:
+    """Although all else that it reads is there from the start."""
+    gm = traced(late_step, 2 * LAYERS + 1)
+    placeholders = [node.name for node in gm.graph.find_nodes(op="placeholder")][1:]
+    done = overlap_pass(gm, placeholders)  # refuses a graph in which something is read before it is there
+    assert (done.gathers, done.scatters) == (7, 4)
+    last = ["mm", "wait for a gather", "wait for a scatter", "cast", "scatter", "wait for a scatter"]
+    assert written(gm)[-len(last) :] == last
