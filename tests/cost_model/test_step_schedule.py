@@ -182,3 +182,18 @@ def test_evaluator_agrees_with_sympy() -> None:
     values = {Sym.S: 100.0, Sym.N: 30.0, Sym.B: 2.0}
     expected = [float(e.subs(values)) for e in expressions]
     assert Evaluator(expressions)(values) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("recompute", [Recompute.NONE, Recompute.FULL])
+def test_all_compute_of_a_layer_is_slowed_by_collectives_that_outlast_it(recompute: Recompute) -> None:
+    program = synthetic.dense_lm()
+    plan = make_plan(program, Mesh(dp_shard=16), recompute=recompute)
+    hardware = load_hardware("h100")
+    link = replace(hardware.inter_link, bytes_per_second=hardware.inter_link.bytes_per_second / 1e4)
+    found = []
+    for factor in (0.0, 0.3):
+        model = StepModel(program, CLUSTER, replace(hardware, inter_link=link, contention_factor=factor))
+        loops = [loop for loop in build_step(program, plan, model).last.loops if loop.count > 1]
+        found.append([sum(task.seconds for task in loop.tasks if task.stream == "compute") for loop in loops])
+    assert len(found[0]) == 2  # the layers' forward and backward
+    assert found[1] == pytest.approx([1.3 * time for time in found[0]])

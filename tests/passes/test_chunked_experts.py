@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from omnicompile.errors import LoweringError
 from omnicompile.lowering.step_graph import trace_step
 from omnicompile.passes import expert_ops, lower_forward
+from omnicompile.passes.async_ulysses import is_exchange_wait
 from omnicompile.passes.liveness import peak_bytes
 from omnicompile.passes.simulate import bound_to_fake_groups
 from omnicompile.plan import Mesh, Overlap
@@ -73,6 +74,18 @@ def test_results_keep_their_bits(mesh: Mesh, policy: Recompute, exchanges: bool)
     assert order.count("omnicompile.grouped_mm.default") >= 16
     for mine, theirs in zip(got, want):
         assert len(mine) > 5 and all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+def test_a_chunk_does_not_wait_for_the_rows_of_another() -> None:
+    """The products of the first chunk's gradients run before the second chunk's are waited for."""
+    original, _ = lowered("moe", Recompute.SELECTIVE, MESH)
+    program = lower_forward(replace(original, overlap=Overlap(expert_chunks=2)))
+    nodes = list(trace_step(bound_to_fake_groups(program)).gm.graph.nodes)
+    starts = [i for i, n in enumerate(nodes) if n.target is torch.ops.omnicompile.expert_combine_backward.default]
+    assert starts
+    for start in starts:
+        waits = [i for i in range(start, len(nodes)) if is_exchange_wait(nodes[i])][:2]
+        assert any(node.target is torch.ops.omnicompile.grouped_mm.default for node in nodes[waits[0] : waits[1]])
 
 
 def test_chunks_take_no_more_memory() -> None:
