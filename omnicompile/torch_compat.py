@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
@@ -39,6 +40,8 @@ __all__ = [
     "trace_pre_dispatch",
     "traced_nodes",
     "varlen_backward",
+    "varlen_forward",
+    "with_autograd",
 ]
 
 
@@ -79,6 +82,18 @@ def as_in_eager() -> Iterator[None]:
         yield
     finally:
         torch.compiler._is_compiling_flag, torch.compiler._is_exporting_flag = before
+
+
+@contextlib.contextmanager
+def with_autograd() -> Iterator[None]:
+    """Autograd works inside, also where an operator's implementation runs beneath it (as every custom operator's does):
+    for implementations that call functions made of autograd or of torch.func."""
+    include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    keys = torch._C.DispatchKey
+    for key in (keys.AutogradFunctionality, keys.AutogradOther, keys.AutogradNestedTensor):
+        exclude = exclude.remove(key)
+    with torch._C._ForceDispatchKeyGuard(include, exclude), torch.enable_grad():
+        yield
 
 
 def trace_pre_dispatch(func: Callable[..., Any], args: list[torch.Tensor]) -> fx.GraphModule:
@@ -180,6 +195,25 @@ def on_each_rank(value: torch.Tensor) -> list[torch.Tensor]:
 
     assert isinstance(value, LocalTensor)
     return [value._local_tensors[rank] for rank in sorted(value._local_tensors)]  # type: ignore[attr-defined]
+
+
+def varlen_forward(
+    tensors: Sequence[torch.Tensor],
+    bounds: tuple[torch.Tensor, torch.Tensor],
+    lengths: tuple[int, int],
+    scale: float,
+    window: tuple[int, int],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """torch.nn.attention.varlen.varlen_attn: the output and the log-sum-exp. tensors: q, k and v. Arguments as in
+    `varlen_backward`. torch 2.11 takes fewer key heads without being told of them, later ones ask for a word."""
+    from torch.nn.attention.varlen import AuxRequest, varlen_attn
+
+    told = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    options: dict[str, Any] = {"enable_gqa": tensors[0].shape[1] != tensors[1].shape[1]} if told else {}
+    out, lse = varlen_attn(
+        *tensors, *bounds, *lengths, return_aux=AuxRequest(lse=True), scale=scale, window_size=window, **options
+    )
+    return out, lse
 
 
 def varlen_backward(

@@ -20,6 +20,8 @@ from omnicompile.torch_compat import (
     outside_tracing,
     traced_nodes,
     varlen_backward,
+    varlen_forward,
+    with_autograd,
 )
 
 
@@ -31,6 +33,18 @@ def test_fake_tensors_are_no_host_tensors_and_can_be_left() -> None:
     assert not is_plain_host_tensor(fake)
     assert is_plain_host_tensor(real)
     assert not is_plain_host_tensor(torch.ones(3, requires_grad=True))
+
+
+def test_autograd_beneath_an_operator() -> None:
+    """Where a custom operator's implementation runs, nothing is recorded for a backward."""
+    found = []
+    with torch.no_grad(), torch._C._AutoDispatchBelowAutograd():
+        for scope in (torch.enable_grad(), with_autograd()):
+            with scope:
+                x = torch.ones(2, requires_grad=True)
+                found.append((x * x).sum())
+    assert [value.requires_grad for value in found] == [False, True]
+    found[1].backward()
 
 
 def test_nodes_can_be_counted_and_taken_while_tracing() -> None:
@@ -88,10 +102,12 @@ def test_an_export_can_look_like_an_ordinary_run() -> None:
     assert seen[:2] == [(False, False), (True, True)]
 
 
-def test_the_backward_of_packed_attention_takes_what_it_is_given() -> None:
-    """On meta tensors: that the private operator is there, with these arguments. Values need a GPU (tests/kernels)."""
+def test_packed_attention_takes_what_it_is_given() -> None:
+    """On meta tensors: that the operators are there, with these arguments. Values need a GPU (tests/kernels)."""
     q, k, v, out, grad = (torch.empty(48, 4, 32, dtype=torch.bfloat16, device="meta") for _ in range(5))
     bounds = torch.empty(3, dtype=torch.int32, device="meta")
     lse = torch.empty(4, 48, device="meta")
+    values = varlen_forward([q, k, v], (bounds, bounds), (48, 48), 0.3, (-1, 0))
+    assert [t.shape for t in values] == [out.shape, lse.shape]
     grads = varlen_backward(grad, [q, k, v, out], lse, (bounds, bounds), (48, 48), 0.3, (-1, 0))
     assert [g.shape for g in grads] == [t.shape for t in (q, k, v)]

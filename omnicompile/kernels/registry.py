@@ -94,9 +94,9 @@ class Kernel:
     """An implementation.
 
     variants, hardware, dtypes: what it is for; no dtypes stands for all floating-point ones. packages: what it takes.
-    largest_head, head_multiple: limits on the size of heads. can: facts of a problem that it handles. module: where
-    its functions are (`module` or `module:name`), imported when first used; "" for `inductor`, which has none.
-    interpreted: on CPUs it runs by Triton's interpreter alone, for tests. about: a line for `omnicompile doctor`.
+    largest_head, head_multiple, smallest_head: limits on the size of heads. can: facts of a problem that it handles.
+    module: where its functions are (`module` or `module:name`), imported when first used; "" for `inductor`, which has
+    none. interpreted: on CPUs it runs by Triton's interpreter alone, for tests. about: a line for `omnicompile doctor`.
     """
 
     operator: str
@@ -111,6 +111,7 @@ class Kernel:
     can: frozenset[str] = field(default_factory=frozenset)
     interpreted: bool = False
     about: str = ""
+    smallest_head: int = 0
 
     def places(self) -> list[Key]:
         """Where it stands in the registry."""
@@ -135,6 +136,8 @@ class Kernel:
         if unable := problem.facts - self.can:
             return f"it cannot do {', '.join(sorted(unable))}"
         size = problem.head_size
+        if size < self.smallest_head:
+            return f"heads of size {size} are smaller than {self.smallest_head}"
         if self.largest_head and (size > self.largest_head or size % self.head_multiple):
             return f"heads of size {size} are not a multiple of {self.head_multiple} up to {self.largest_head}"
         return ""

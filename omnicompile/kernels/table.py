@@ -65,7 +65,7 @@ def _attention() -> list[Kernel]:
         Kernel(
             "attention", "flex", every, _GPUS, f"{here}.flex",
             (Package("torch.nn.attention.flex_attention"),), _SINGLE, 256, 1, frozenset({"softcap"}),
-            about="flex attention, compiled on GPUs; the backward runs its forward again",
+            about="flex attention, compiled on GPUs; the backward runs its forward again", smallest_head=16,
         ),
         Kernel(
             "attention", "reference", every, _ANY, f"{here}.reference", can=_EVERY_FACT,

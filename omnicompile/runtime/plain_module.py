@@ -29,6 +29,9 @@ class PlainModule(nn.Module):
         self._targets: int | None = None
 
     def forward(self, **batch: Any) -> Any:
+        """The batch may be in host memory, as ParallelModule's."""
+        home = next(self.parameters(), torch.empty(0)).device
+        batch = {name: value.to(home) if isinstance(value, Tensor) else value for name, value in batch.items()}
         output = self._model[0](**batch)
         if self._targets is None:
             return output

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,8 @@ def test_limits() -> None:
     assert "heads of size 512" in flash.refuses(replace(half, head_size=512))
     assert "heads of size 12 are not a multiple of 8" in flash.refuses(replace(half, head_size=12))
     assert "cannot do sinks, softcap" in flash.refuses(replace(half, facts=frozenset({"softcap", "sinks"})))
+    flex = next(kernel for kernel in KERNELS if kernel.name == "flex")
+    assert flex.refuses(replace(half, head_size=8)) == "heads of size 8 are smaller than 16"
     grouped = kernels_of("grouped_mm")[0]
     aligned = Problem("grouped_mm", "rows", "sm90", torch.bfloat16, (4, 16, 16))
     assert grouped.refuses(aligned) == "" and grouped.refuses(replace(aligned, facts=frozenset({"unaligned"})))
@@ -162,7 +165,7 @@ def test_the_fastest_is_taken_and_kept(tmp_path: Path) -> None:
     assert again.fastest(replace(NORM, shape=(128, 64)), both).name == "reference"
     assert choice.pick(NORM).name == "inductor"  # alone it need not be measured
     saved = json.loads(again.path.read_text())
-    assert saved["device"] == "cpu" and saved["torch"] == torch.__version__
+    assert saved["device"] == "cpu" and saved["torch"] == version("torch")
     (times,) = saved["seconds"].values()
     assert times == {"inductor": 2.0, "reference": 1.0}
 

@@ -1,7 +1,7 @@
 """Attention by torch's flex attention: masks by segment, window and cause, and soft caps, in one kernel.
 
 On GPUs it is compiled. The backward runs the forward again under autograd, since flex attention gives no backward of
-its own to call.
+its own to call. Masks are made by torch.func, so that both need autograd beneath the operator that calls them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_bloc
 
 from omnicompile.kernels.attention.call import Call
 from omnicompile.kernels.registry import Functions
+from omnicompile.torch_compat import with_autograd
 
 
 @cache
@@ -57,6 +58,11 @@ def _mask(q: Tensor, k: Tensor, call: Call) -> BlockMask | None:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    with with_autograd(), torch.no_grad():
+        return _attend(q, k, v, call)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     run = _compiled() if q.is_cuda else flex_attention
     cap = call.softcap
 
@@ -77,9 +83,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
 def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    with torch.enable_grad():
+    with with_autograd():
         leaves = [t.detach().requires_grad_() for t in (q, k, v)]
-        again, _ = forward(leaves[0], leaves[1], leaves[2], call)
+        again, _ = _attend(leaves[0], leaves[1], leaves[2], call)
         dq, dk, dv = torch.autograd.grad(again, leaves, grad)
     return dq, dk, dv, q.new_empty(0)
 

@@ -4,11 +4,10 @@ of equal length."""
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
 from omnicompile.kernels.attention.call import Call, heads, in_segments, rows
 from omnicompile.kernels.registry import Functions
-from omnicompile.torch_compat import varlen_backward
+from omnicompile.torch_compat import varlen_backward, varlen_forward
 
 
 def _joined(x: Tensor) -> Tensor:
@@ -22,10 +21,8 @@ def _apart(x: Tensor, like: Tensor) -> Tensor:
 
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     cu_q, cu_k = call.bounds(q, k)
-    out, lse = varlen_attn(
-        *(_joined(t) for t in (q, k, v)), cu_q, cu_k, q.shape[2], k.shape[2], return_aux=AuxRequest(lse=True),
-        scale=call.scale, window_size=call.sides(), enable_gqa=q.shape[1] != k.shape[1],
-    )  # fmt: skip
+    flat, sizes = [_joined(t) for t in (q, k, v)], (q.shape[2], k.shape[2])
+    out, lse = varlen_forward(flat, (cu_q, cu_k), sizes, call.scale, call.sides())
     out = in_segments(out, cu_q if call.packed else None)
     return _apart(out, q), lse.unflatten(1, (q.shape[0], q.shape[2])).transpose(0, 1)
 
