@@ -90,8 +90,9 @@ def with_autograd() -> Iterator[None]:
     for implementations that call functions made of autograd or of torch.func."""
     include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
     keys = torch._C.DispatchKey
-    for key in (keys.AutogradFunctionality, keys.AutogradOther, keys.AutogradNestedTensor):
-        exclude = exclude.remove(key)
+    autograd = (keys.AutogradFunctionality, keys.AutogradOther, keys.AutogradNestedTensor)
+    for key in (*autograd, keys.FuncTorchDynamicLayerFrontMode, keys.FuncTorchDynamicLayerBackMode):
+        exclude = exclude.remove(key)  # compiled code leaves torch.func out as well
     with torch._C._ForceDispatchKeyGuard(include, exclude), torch.enable_grad():
         yield
 

@@ -94,7 +94,8 @@ def _makes_host_integers(func: Callable[..., Any], args: tuple[Any, ...], kwargs
 
 
 def _mask_to_indices(index: Any, shape: torch.Size) -> tuple[Any, ...] | None:
-    """`x[mask]` with a host mask as an index of fixed size, x being of `shape`; None when there is no such mask."""
+    """`x[mask]` with a host mask as an index of fixed size, x being of `shape`; None when there is no such mask. With a
+    mask, how many rows there are would be found on the device, and the host wait for it."""
     parts = index if isinstance(index, tuple) else (index,)
     if not any(is_host(p) and p.dtype == torch.bool for p in parts):
         return None
@@ -109,6 +110,13 @@ def _mask_to_indices(index: Any, shape: torch.Size) -> tuple[Any, ...] | None:
         else:
             result.append(part)
     return tuple(result)
+
+
+def _moves_rows(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
+    """`x[i]`, or `x[i] = rows`. Where a single number is written, a mask does better: nothing is looked up."""
+    if func is torch.Tensor.__setitem__:
+        return isinstance(args[2], torch.Tensor) and args[2].dim() > 0 and isinstance(args[0], torch.Tensor)
+    return func is torch.Tensor.__getitem__
 
 
 def _number(value: Any) -> Any:
@@ -207,8 +215,8 @@ class HostMode(TorchFunctionMode):
             self.on_host(func, args, kwargs, result)
             self._wide.follow(func, args, kwargs, result)
             return result
-        if func is torch.Tensor.__getitem__ and (indices := _mask_to_indices(args[1], args[0].shape)) is not None:
-            return self.traced(func, (args[0], indices), {})
+        if _moves_rows(func, args) and (indices := _mask_to_indices(args[1], args[0].shape)) is not None:
+            return self.traced(func, (args[0], indices, *args[2:]), {})
         if func in _ITEMS and (positions := self._wide.positions(args[1])) is not None:
             return self._rows(func, args, positions)
         if self._full and (answer := self._padding(func, args)) is not None:

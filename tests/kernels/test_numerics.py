@@ -90,6 +90,25 @@ def test_masks_and_caps_of_flex_attention() -> None:
         assert (seen[0] - seen[1]).norm() <= 1e-5 * seen[1].norm(), problem
 
 
+def test_flex_attention_beneath_compiled_code() -> None:
+    """There torch.func is left out as well, which makes the masks."""
+    from omnicompile.kernels.attention import flex, reference
+    from omnicompile.kernels.attention.call import Call
+
+    call = Call(None, None, None, True, 0.3, 0, 0.0)
+
+    @torch.library.custom_op("omnicompile_tests::flex", mutates_args=())
+    def attention(q: Tensor) -> Tensor:
+        return flex.forward(q, q, q, call)[0]
+
+    attention.register_fake(torch.empty_like)
+    attention.register_autograd(lambda _, grad: grad)
+    q = torch.randn(1, 2, 32, 16, requires_grad=True)
+    got = torch.compile(lambda x: attention(x * 1.0), backend="aot_eager")(q)
+    want = reference.forward(q, q, q, call)[0]
+    assert (got - want).norm() <= 1e-5 * want.norm()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_torch_grouped_product_on_the_cpu(dtype: torch.dtype, transposed: bool) -> None:

@@ -77,7 +77,8 @@ def plan_of(kind: str, dtype: str = "float32") -> Plan:
 
 @pytest.fixture(autouse=True)
 def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No launcher, and no group that an earlier test has left."""
+    """No launcher, no group that an earlier test has left, and convolutions in float32 too."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     yield
