@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, fx
@@ -17,13 +18,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from omnicompile.cluster import Cluster
 from omnicompile.errors import LoweringError
-from omnicompile.lowering.step_prices import ExchangeClock
+from omnicompile.lowering.step_prices import ExchangeClock, compiled
 from omnicompile.passes.accumulate import accumulate_pass
 from omnicompile.passes.async_ulysses import schedule_exchanges_pass
 from omnicompile.passes.compute_weights import compute_weights_pass
 from omnicompile.passes.known_sizes import known_sizes_pass
 from omnicompile.passes.late_losses import late_losses_pass
-from omnicompile.passes.liveness import balanced_rows
+from omnicompile.passes.liveness import Rows, balanced_rows, peak_bytes
 from omnicompile.passes.no_ops import no_ops_pass
 from omnicompile.passes.offload import offload_pass
 from omnicompile.passes.overlap import last_unit, overlap_pass
@@ -119,9 +120,10 @@ def schedule_step(program: RankProgram) -> StepGraph:
     gathers = gather_again(gm, freed - last_unit(gm))
     gradients = tuple(nodes[i].name for i in used)
     cluster = program.cluster or Cluster(gpus=program.mesh.world, gpus_per_node=program.mesh.world)
-    clock = ExchangeClock.of(program.mesh, cluster, balanced_rows(gm.graph), program.bound)
+    rows = balanced_rows(gm.graph)
+    clock = ExchangeClock.of(program.mesh, cluster, rows, program.bound)
     if program.overlap.exchanges:
-        schedule_exchanges_pass(gm, gradients, clock)
+        schedule_exchanges_pass(gm, gradients, clock, measure=partial(_compiled_peak, rows=rows))
     overlap_pass(gm, gradients, program.overlap.prefetch, lambda node: clock.exchange_seconds(node)[0])
     no_ops_pass(gm)
     return StepGraph(gm, gradients, gathers, recomputed)
@@ -138,6 +140,10 @@ def finish_step(program: RankProgram, step: StepGraph, kind: StepKind) -> StepGr
         compute_weights_pass(gm, program.params, program.param_dtype)
     offload_pass(gm, program.blocks, program.params)
     return replace(step, summed=frozenset(summed), kept=kept)
+
+
+def _compiled_peak(gm: fx.GraphModule, rows: Rows) -> int:
+    return peak_bytes(gm, rows, compiled(gm), in_flight=True).total
 
 
 def _local_fake(program: RankProgram, node: fx.Node, mode: FakeTensorMode) -> Tensor:

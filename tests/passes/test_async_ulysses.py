@@ -121,6 +121,19 @@ def test_too_much_memory_leaves_the_graph_as_it_was() -> None:
     assert not done.done and [node.name for node in gm.graph.nodes] == before
 
 
+def test_the_peak_is_that_of_the_graph_as_it_will_run() -> None:
+    """What is measured decides, by whatever it is measured: here the first graph is given 100 bytes, any other 300."""
+    gm = traced()
+    before = [node.name for node in gm.graph.nodes]
+
+    def measure(graph: torch.fx.GraphModule) -> int:
+        return 100 if [node.name for node in graph.graph.nodes] == before else 300
+
+    done = schedule_exchanges_pass(gm, [], Watch(), most_memory=2.0, measure=measure)
+    assert not done.done and done.peak_before == 100 and [node.name for node in gm.graph.nodes] == before
+    assert schedule_exchanges_pass(gm, [], Watch(), most_memory=3.0, measure=measure).peak == 300
+
+
 def test_writes_and_random_draws_keep_their_order() -> None:
     def draws(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         kept = torch.zeros_like(x)
