@@ -17,7 +17,8 @@ Peak memory of a rank is what it keeps between steps (parameters, buffers, optim
 holds beyond that: on CPUs by the profiler's record of every allocation of torch's allocator, which sees operators,
 compiled code and collectives alike; on GPUs by torch.cuda.max_memory_allocated.
 
-That both sides do the same is checked: losses of every step are compared (at 1e-4; 2e-2 in bfloat16).
+That both sides do the same is checked: losses of every step are compared (at 1e-4; in bfloat16 at 2e-2, or twice what
+torch's own two forms differ by, where they do by more: routing of a mixture flips by a rounding).
 
     python benchmarks/vs_fsdp2.py                      # everything; writes results/vs_fsdp2.{json,md}
     python benchmarks/vs_fsdp2.py --models dense --contestants fully_shard "omnicompile step" --json
@@ -101,6 +102,14 @@ def loss_difference(seen: dict[str, dict[str, Any]]) -> float:
     if len({len(found) for found in losses}) != 1:
         return math.inf
     return max(max(step) - min(step) for step in zip(*losses))
+
+
+def allowed_difference(seen: dict[str, dict[str, Any]], gpu: bool) -> float:
+    """Of losses. On GPUs torch's own two forms show how far roundings of bfloat16 carry."""
+    if not gpu:
+        return 1e-4
+    own = {name: found for name, found in seen.items() if name in BASES}
+    return max(2e-2, 2.0 * loss_difference(own)) if len(own) == len(BASES) else 2e-2
 
 
 def report(measured: dict[str, dict[str, dict[str, Any]]], facts: dict[str, str], sizes: dict[str, Any]) -> str:
@@ -196,11 +205,11 @@ def main() -> int:
         out.mkdir(parents=True, exist_ok=True)
         (out / "vs_fsdp2.json").write_text(json.dumps(data, indent=1) + "\n")
         (out / "vs_fsdp2.md").write_text(text)
-    worst = max(differences.values())
-    if worst > (2e-2 if gpu else 1e-4):
-        print(f"the contestants do not compute the same: losses differ by {worst:.1e}", file=sys.stderr)
-        return 1
-    return 0
+    wrong = [m for m, found in differences.items() if not found <= allowed_difference(measured[m], gpu)]
+    for model in wrong:
+        text = f"the contestants do not compute the same: losses differ by {differences[model]:.1e}"
+        print(f"{model}: {text}", file=sys.stderr)
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

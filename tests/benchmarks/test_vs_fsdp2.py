@@ -67,6 +67,13 @@ def test_losses_that_differ_are_seen(bench: ModuleType) -> None:
     assert bench.loss_difference({"a": one, "b": one | {"losses": [2.0]}}) == math.inf
 
 
+def test_losses_in_bfloat16_may_differ_as_those_of_torch_do(bench: ModuleType) -> None:
+    one = seen(1.0, 1)
+    both = dict(zip(bench.BASES, (one, one | {"losses": [2.0, 1.5]})))
+    assert bench.allowed_difference(both, gpu=True) == 1.0 and bench.allowed_difference(both, gpu=False) == 1e-4
+    assert bench.allowed_difference({bench.BASES[0]: one}, gpu=True) == 2e-2
+
+
 def test_the_peak_of_a_step_is_what_it_allocates(sides: ModuleType) -> None:
     def step() -> None:
         a = torch.ones(1000)
