@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from itertools import islice
 from typing import Any
 
@@ -24,6 +25,7 @@ __all__ = [
     "FakeTensor",
     "FakeTensorMode",
     "OpOverload",
+    "compile_for",
     "compiler_backend",
     "inductor_cache_counts",
     "is_autocast_switch",
@@ -39,6 +41,7 @@ __all__ = [
     "start_fake_group",
     "trace_pre_dispatch",
     "traced_nodes",
+    "unseen",
     "varlen_backward",
     "varlen_forward",
     "with_autograd",
@@ -68,8 +71,14 @@ def outside_tracing() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for switch in (unset_fake_temporarily, disable_proxy_modes_tracing, disable_functional_mode):
             stack.enter_context(switch())
-        stack.enter_context(torch._C.DisableTorchFunction())
+        stack.enter_context(unseen())
         yield
+
+
+def unseen() -> contextlib.AbstractContextManager[None]:
+    """Inside, no torch-function mode sees what is asked of tensors."""
+    switch: contextlib.AbstractContextManager[None] = torch._C.DisableTorchFunction()
+    return switch
 
 
 @contextlib.contextmanager
@@ -161,6 +170,17 @@ def compiler_backend(name: str) -> CompilerBackend:
 
     found: CompilerBackend = lookup_backend(name)
     return found
+
+
+def compile_for(compiler: CompilerBackend, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    """What `compiler` makes of `gm`, a functional graph of ATen operators without gradients, for inputs of these fixed
+    shapes: as torch.compile calls it, without the checks of the inputs that torch.compile puts before each call."""
+    from torch._guards import TracingContext, tracing
+
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    fakes = [mode.from_tensor(x.detach(), static_shapes=True) if isinstance(x, torch.Tensor) else x for x in inputs]
+    with torch.no_grad(), tracing(TracingContext(mode)):
+        return compiler(deepcopy(gm), fakes)  # which may change it
 
 
 def inductor_cache_counts() -> dict[str, int]:

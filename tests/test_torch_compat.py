@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 
 from omnicompile.torch_compat import (
     as_in_eager,
+    compile_for,
     compiler_backend,
     inductor_cache_counts,
     is_plain_host_tensor,
@@ -19,6 +22,7 @@ from omnicompile.torch_compat import (
     nodes_traced_since,
     outside_tracing,
     traced_nodes,
+    unseen,
     varlen_backward,
     varlen_forward,
     with_autograd,
@@ -74,6 +78,36 @@ def test_a_compiler_can_be_called_by_its_name() -> None:
     function = torch.compile(lambda x: x.sin() + 1, backend=compile)
     assert function(torch.zeros(2)).tolist() == [1.0, 1.0]
     assert seen == [1]
+
+
+def test_a_compiler_can_be_called_without_torch_compile() -> None:
+    gm = make_fx(lambda x: [x.sin() + 1])(torch.zeros(2))
+    seen: list[torch.Tensor] = []
+
+    def compile(gm: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        seen.extend(inputs)
+        return compiler_backend("aot_eager")(gm, inputs)
+
+    function = compile_for(compile, gm, (torch.zeros(2, requires_grad=True),))
+    assert [x.tolist() for x in function(torch.zeros(2))] == [[1.0, 1.0]]
+    (given,) = seen
+    assert given.shape == (2,) and not given.requires_grad and not is_plain_host_tensor(given)
+
+
+def test_what_is_asked_of_tensors_can_be_hidden() -> None:
+    seen: list[str] = []
+
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(func.__name__)
+            return func(*args, **(kwargs or {}))
+
+    x = torch.zeros(2)
+    with Mode():
+        with unseen():
+            x.numel()
+        x.numel()
+    assert seen == ["numel"]
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from omnicompile.anchors.huggingface import anchored
 from omnicompile.capture.host_mode import is_host
 from omnicompile.errors import InputError, LoweringError, OmniCompileError
 from omnicompile.lowering.crossing import Call, Crossing, CrossingMode, Result
-from omnicompile.torch_compat import FakeTensor, FakeTensorMode, new_fake_mode
+from omnicompile.torch_compat import FakeTensor, FakeTensorMode, new_fake_mode, unseen
 
 
 def is_host_input(value: object) -> bool:
@@ -134,6 +134,8 @@ class HostProgram:
                 f"this batch does not fit the captured graph ({cause}). Pad batches to one budget"
             ) from error
         _check_same(first, recording)
+        for ours, theirs in zip(self._whole.crossings, recording.crossings):
+            theirs.bounds_only &= ours.bounds_only  # other uses may be in submodules that were not entered
         return recording
 
     def _run(self, batch: Mapping[str, Any], mode: CrossingMode) -> Recording:
@@ -179,7 +181,8 @@ def _stub(runs: Iterator[_ModuleRun]) -> Any:
 
 def _given(args: Any, kwargs: Any) -> tuple[Any, ...]:
     """Arguments, shapes in place of traced tensors; of host tensors nothing, as they are checked where they cross."""
-    return (*map(_layout, args), *((name, _layout(value)) for name, value in kwargs.items()))
+    with unseen():
+        return (*map(_layout, args), *((name, _layout(value)) for name, value in kwargs.items()))
 
 
 def _layout(value: Any) -> Any:

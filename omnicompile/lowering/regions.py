@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import operator
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from omnicompile.lowering.compiled_region import FixedCall, FixedShapes, Function
 from omnicompile.passes.dropout import KEYED
 
-Function = Callable[..., Any]
-Compile = Callable[[fx.GraphModule, bool], Function]
+Compile = Callable[[fx.GraphModule, bool], Function | FixedShapes]
 _UNBACKED = re.compile(r"\b[us]\d+\b")
 
 
@@ -132,28 +133,43 @@ def as_module(region: Region) -> fx.GraphModule:
     return fx.GraphModule(torch.nn.Module(), graph)
 
 
-def compile_regions(
-    gm: fx.GraphModule, compile: Callable[[fx.GraphModule, bool], Function]
-) -> tuple[fx.GraphModule, int]:
+def compile_regions(gm: fx.GraphModule, compile: Compile) -> tuple[fx.GraphModule, int]:
     """Replace every region of `gm`, in place, by a call of what `compile(module, dynamic)` makes of it. Returns the
     graph and the number of distinct regions."""
-    names: dict[str, str] = {}
+    _elements_beside_tuples(gm)
+    distinct: dict[str, nn.Module | FixedShapes] = {}
+    calls: Counter[str] = Counter()
     for run in _runs(gm):
         region = _region(run)
         key = structure(region)
-        if key not in names:
-            names[key] = f"region_{len(names)}"
-            gm.add_submodule(names[key], _compiled(region, compile))
-        _call(gm, region, names[key])
+        if key not in distinct:
+            distinct[key] = _compiled(region, compile)
+        name, made = f"region_{list(distinct).index(key)}", distinct[key]
+        if isinstance(made, FixedShapes):
+            calls[name] += 1
+            name, made = f"{name}_call_{calls[name]}", FixedCall(made)
+        gm.add_submodule(name, made)
+        _call(gm, region, name)
     gm.graph.lint()
     gm.recompile()
-    return gm, len(names)
+    return gm, len(distinct)
 
 
-def _compiled(region: Region, compile: Compile) -> nn.Module:
+def _elements_beside_tuples(gm: fx.GraphModule) -> None:
+    """Elements of a tuple are taken where it is made, so that what regions give are tensors."""
+    for node in reversed(gm.graph.find_nodes(op="call_function", target=operator.getitem)):
+        source = node.args[0]
+        if isinstance(source, fx.Node) and is_compute(source):
+            source.append(node)
+
+
+def _compiled(region: Region, compile: Compile) -> nn.Module | FixedShapes:
     module = as_module(region)
     sizes = sizes_of_data(region)
-    return _Compiled(compile(module, region.dynamic), module if sizes else None, sizes)
+    made = compile(module, region.dynamic)
+    if isinstance(made, FixedShapes):
+        return made
+    return _Compiled(made, module if sizes else None, sizes)
 
 
 def sizes_of_data(region: Region) -> tuple[tuple[int, int | None], ...]:

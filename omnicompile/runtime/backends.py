@@ -9,12 +9,13 @@ from functools import partial
 import torch
 from torch import Tensor, fx
 
+from omnicompile.lowering.compiled_region import FixedShapes
 from omnicompile.lowering.regions import compile_regions
 from omnicompile.lowering.step_graph import StepKind, trace_step
 from omnicompile.passes.dropout import expand_dropout
 from omnicompile.passes.pack_scatters import pack_scatters_pass
 from omnicompile.passes.rank_program import RankProgram
-from omnicompile.torch_compat import CompilerBackend, compiler_backend
+from omnicompile.torch_compat import CompilerBackend, compile_for, compiler_backend
 
 Function = Callable[..., tuple[Tensor, ...]]
 
@@ -86,8 +87,11 @@ def _by_regions(gm: fx.GraphModule, made: Compilations) -> Function:
     """Each distinct region of compute between collectives is compiled once, whatever the model's depth."""
     compiler = _counted("inductor", made)
 
-    def compile(module: fx.GraphModule, dynamic: bool) -> Function:
-        function: Function = torch.compile(expand_dropout(module), backend=compiler, dynamic=dynamic, fullgraph=True)
+    def compile(module: fx.GraphModule, dynamic: bool) -> Function | FixedShapes:
+        module = expand_dropout(module)
+        if not dynamic:
+            return FixedShapes(module, partial(compile_for, compiler))
+        function: Function = torch.compile(module, backend=compiler, dynamic=True, fullgraph=True)
         return function
 
     return compile_regions(gm, compile)[0]
