@@ -56,6 +56,9 @@ GPU_SIZES = {
     "vlm": Size(2048, 4, 4096, 32768, 2048, head=128),
     "moe": Size(2048, 4, 4096, 32768, head=128),
 }
+# Computing with these takes next to no time.
+HOST_SIZES = {"dense": Size(64, 8, 32, head=16), "vlm": Size(64, 4, 32, patches=32), "moe": Size(64, 4, 32, head=16)}
+SIZES = {"cpu": CPU_SIZES, "gpu": GPU_SIZES, "host": HOST_SIZES}
 
 
 @dataclass
@@ -281,8 +284,10 @@ def measure(kind: str, size: Size, names: list[str], repeats: int, say: Callable
     return {name: contestant.seen for name, contestant in contestants.items()}
 
 
-def run_rank(rank: int, world: int, port: int, names: dict[str, list[str]], repeats: int, folder: str) -> None:
-    """What each spawned process does; rank 0 writes its measurements of each model into `folder`."""
+def run_rank(
+    rank: int, world: int, port: int, names: dict[str, list[str]], repeats: int, sizes: str, folder: str
+) -> None:
+    """What each spawned process does; rank 0 writes its measurements of each model into `folder`. sizes: of `SIZES`."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
     os.environ["LOCAL_RANK"] = str(rank)
     torch.set_num_threads(1)
@@ -293,7 +298,7 @@ def run_rank(rank: int, world: int, port: int, names: dict[str, list[str]], repe
     say = partial(print, file=sys.stderr, flush=True) if rank == 0 else _quiet
     try:
         for kind in names:
-            seen = measure(kind, (GPU_SIZES if gpu else CPU_SIZES)[kind], names[kind], repeats, say)
+            seen = measure(kind, SIZES[sizes][kind], names[kind], repeats, say)
             if rank == 0:
                 text = json.dumps({name: vars(found) for name, found in seen.items()})
                 (Path(folder) / f"{kind}.json").write_text(text)

@@ -20,7 +20,11 @@ compiled code and collectives alike; on GPUs by torch.cuda.max_memory_allocated.
 That both sides do the same is checked: losses of every step are compared (at 1e-4; in bfloat16 at 2e-2, or twice what
 torch's own two forms differ by, where they do by more: routing of a mixture flips by a rounding).
 
+With `--host`, models are so small that nearly all of a step is the host's work: what it takes to launch a step. It is
+that time in which a GPU waits where it has little to do. One process unless `--ranks` says otherwise.
+
     python benchmarks/vs_fsdp2.py                      # everything; writes results/vs_fsdp2.{json,md}
+    python benchmarks/vs_fsdp2.py --host               # results/vs_fsdp2_host.{json,md}
     python benchmarks/vs_fsdp2.py --models dense --contestants fully_shard "omnicompile step" --json
 """
 
@@ -160,13 +164,14 @@ def chosen(models: list[str], asked: list[str] | None) -> dict[str, list[str]]:
     return {model: list(CONTESTANTS) if model == MODELS[0] else fewer for model in models}
 
 
-def run(names: dict[str, list[str]], repeats: int, ranks: int) -> dict[str, dict[str, dict[str, Any]]]:
-    """What rank 0 of `ranks` fresh processes measured, by model and contestant. names: contestants by model."""
+def run(names: dict[str, list[str]], repeats: int, ranks: int, sizes: str) -> dict[str, dict[str, dict[str, Any]]]:
+    """What rank 0 of `ranks` fresh processes measured, by model and contestant. names: contestants by model. sizes:
+    "cpu", "gpu" or "host"."""
     import torch.multiprocessing as mp
     from fsdp2_contestants import run_rank
 
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(run_rank, (ranks, _free_port(), names, repeats, folder), nprocs=ranks)
+        mp.spawn(run_rank, (ranks, _free_port(), names, repeats, sizes, folder), nprocs=ranks)
         return {model: json.loads((Path(folder) / f"{model}.json").read_text()) for model in names}
 
 
@@ -176,23 +181,25 @@ def main() -> int:
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, help="default: all")
     parser.add_argument("--repeats", type=int, default=11, help="timed steps of each (default 11, at least 7)")
     parser.add_argument("--ranks", type=int, help="processes (default: 2 on CPUs, one for each GPU, at most 8)")
+    parser.add_argument("--host", action="store_true", help="models so small that a step takes what its host takes")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON instead of the report")
     parser.add_argument("--out", type=Path, help="where the results go (default: benchmarks/results, if all was run)")
     args = parser.parse_args()
     if args.repeats < 7:
         parser.error("--repeats: at least 7, or medians and quartiles mean nothing")
     import torch
-    from fsdp2_contestants import CPU_SIZES, GPU_SIZES
+    from fsdp2_contestants import SIZES
 
     gpu = torch.cuda.is_available()
-    sizes = {model: asdict((GPU_SIZES if gpu else CPU_SIZES)[model]) for model in args.models}
-    ranks = args.ranks or (min(torch.cuda.device_count(), 8) if gpu else 2)
+    which = "host" if args.host else "gpu" if gpu else "cpu"
+    sizes = {model: asdict(SIZES[which][model]) for model in args.models}
+    ranks = args.ranks or (1 if args.host else min(torch.cuda.device_count(), 8) if gpu else 2)
     facts = environment_facts() | {"load before": f"{os.getloadavg()[0]:.1f}"}
-    device = f"{ranks} x {torch.cuda.get_device_name()}, NCCL, bfloat16" if gpu else f"{ranks} gloo processes, float32"
+    device = f"{ranks} x {torch.cuda.get_device_name()}, NCCL, bfloat16" if gpu else f"{ranks} with gloo, float32"
     facts |= {"processes": device, "repeats": str(args.repeats)}
     facts |= {f"size of {model}": ", ".join(f"{k} {v}" for k, v in size.items()) for model, size in sizes.items()}
     started = time.perf_counter()
-    measured = run(chosen(args.models, args.contestants), args.repeats, ranks)
+    measured = run(chosen(args.models, args.contestants), args.repeats, ranks, which)
     facts["duration"] = f"{time.perf_counter() - started:.0f} s"
     rows = [asdict(row) for model, seen in measured.items() for row in compare(model, seen)]
     differences = {model: loss_difference(seen) for model, seen in measured.items()}
@@ -203,8 +210,9 @@ def main() -> int:
     out = args.out or (HERE / "results" if everything else None)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "vs_fsdp2.json").write_text(json.dumps(data, indent=1) + "\n")
-        (out / "vs_fsdp2.md").write_text(text)
+        name = "vs_fsdp2_host" if args.host else "vs_fsdp2"
+        (out / f"{name}.json").write_text(json.dumps(data, indent=1) + "\n")
+        (out / f"{name}.md").write_text(text)
     wrong = [m for m, found in differences.items() if not found <= allowed_difference(measured[m], gpu)]
     for model in wrong:
         text = f"the contestants do not compute the same: losses differ by {differences[model]:.1e}"

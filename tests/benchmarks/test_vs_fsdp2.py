@@ -85,9 +85,8 @@ def test_the_peak_of_a_step_is_what_it_allocates(sides: ModuleType) -> None:
 
 
 def test_batches_have_equally_many_targets_and_models_are_the_same(sides: ModuleType, bench: ModuleType) -> None:
-    assert set(sides.CPU_SIZES) == set(sides.GPU_SIZES) == set(bench.MODELS)
-    for kind in bench.MODELS:
-        size = sides.Size(64, 1, 128, 2048, 64)
+    assert all(set(sizes) == set(bench.MODELS) for sizes in sides.SIZES.values())
+    for kind, size in sides.HOST_SIZES.items():
         batches = [sides.make_batch(kind, size, rank) for rank in (0, 1)]
         assert len({int((batch["labels"][:, 1:] != -100).sum()) for batch in batches}) == 1
         one, other = (sides.build_model(kind, size) for _ in range(2))
@@ -95,4 +94,4 @@ def test_batches_have_equally_many_targets_and_models_are_the_same(sides: Module
             torch.cat([p.flatten() for p in one.parameters()]), torch.cat([p.flatten() for p in other.parameters()])
         )
         assert math.isfinite(one(**batches[0]).loss.item())
-        assert len(list(sides.layers_of(one))) == (2 if kind == "vlm" else 1)
+        assert len(list(sides.layers_of(one))) == size.layers * (2 if kind == "vlm" else 1)
