@@ -48,8 +48,9 @@ def test_groups_of_heads_and_chunks_of_experts(run: Callable[..., Any], tmp_path
     assert (view["overlap"]["head_groups"], view["overlap"]["expert_chunks"]) == (2, 2)
     made = {(item["what"], item["axes"]): item["count"] for item in view["collectives"]}
     assert made["chunked_dispatch", "ep"] == made["chunked_combine", "ep"] == 2 and ("dispatch", "ep") not in made
-    # a layer of text exchanges q, k and v, and the result of two groups of heads
-    assert made["all_to_all", "sp"] == (10 if config is MOE else 20)
+    # A layer exchanges q, k and v, and the result of two groups of heads. At each of the two places where features are
+    # put into the text, features go from rows to channels, and the text there and back.
+    assert made["all_to_all", "sp"] == (2 * 5 if config is MOE else 4 * 5 + 2 * 3)
     assert not any("is not cut" in note for note in view["notes"])
 
 

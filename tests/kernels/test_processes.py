@@ -30,7 +30,7 @@ ALL = f"{LAYERS},cross_entropy=reference,linear_cross_entropy=reference"
 GRIDS = [[(1, 4, 4), (1, 8, 4)], [(1, 8, 4), (1, 4, 4)]]
 PLANS = {
     "moe": (("text",), Mesh(dp_shard=2, ep=2), LossHead.FULL),
-    "vlm": (("visual", "language_model"), Mesh(sp=2), LossHead.CHUNKED),
+    "vlm": (("text", "vision"), Mesh(sp=2), LossHead.CHUNKED),
 }
 EXPECTED = {
     "moe": {"rms_norm", "swiglu", "rope", "cross_entropy"},
