@@ -180,7 +180,9 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="default: all")
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, help="default: all")
     parser.add_argument("--repeats", type=int, default=11, help="timed steps of each (default 11, at least 7)")
-    parser.add_argument("--ranks", type=int, help="processes (default: 2 on CPUs, one for each GPU, at most 8; 1 with --host)")
+    parser.add_argument(
+        "--ranks", type=int, help="processes (default: 2 on CPUs, one for each GPU, at most 8; 1 with --host)"
+    )
     parser.add_argument("--host", action="store_true", help="models so small that a step takes what its host takes")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON instead of the report")
     parser.add_argument("--out", type=Path, help="where the results go (default: benchmarks/results, if all was run)")
